@@ -1,0 +1,317 @@
+"""The sections of a run's configuration: frozen dataclasses, one concern each.
+
+Each field's docstring is what `--help` prints: meaning, unit, valid values. A section checks
+its own fields; what concerns several sections is checked in `RunConfig` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda", "npu")
+TESTBEDS = ("", "pangu", "qwen2", "llama")
+
+
+def require(condition: bool, field: str, value: Any, valid: str) -> None:
+    """Raise the one form of error that a bad configuration value gets."""
+    if not condition:
+        raise ValueError(f"{field} = {value!r} is not valid: {valid}")
+
+
+def require_choice(field: str, value: Any, choices: Collection[str]) -> None:
+    """Raise unless `value` is one of `choices`, and list them."""
+    valid = "one of " + ", ".join(repr(choice) for choice in choices)
+    require(value in choices, field, value, valid)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to train, in Hugging Face format."""
+
+    path: str = ""
+    """Folder of the Hugging Face checkpoint (config.json, safetensors, tokenizer)."""
+    testbed: str = ""
+    """Make and warm-start a tiny model instead of reading `path`: pangu, qwen2 or llama."""
+    dtype: str = "bfloat16"
+    """Parameter dtype of learner and engines: float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        require_choice("model.testbed", self.testbed, TESTBEDS)
+        require_choice("model.dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts to train on and prompts held out for evaluation."""
+
+    train_prompts: str = ""
+    """Prompt file (.jsonl or .parquet) to train on; empty: the testbed's own."""
+    held_out_prompts: str = ""
+    """Prompt file evaluated during training; empty: the testbed's own, else none."""
+    reward: str = "math_dapo"
+    """Reward by name, or module:function of your own."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled for training."""
+
+    num_engines: int = 1
+    """Number of vLLM engines, data parallel."""
+    tensor_parallel: int = 1
+    """Tensor parallel size of each engine."""
+    temperature: float = 1.0
+    """Sampling temperature; the learner's log-probs use the same one."""
+    top_p: float = 1.0
+    """Must stay 1: below it the log-probs are not those of the sampling distribution."""
+    top_k: int = 0
+    """Must stay 0 (off), for the same reason."""
+    max_prompt_tokens: int = 2048
+    """Longest prompt, in tokens; longer ones are left out, never cut."""
+    max_response_tokens: int = 16384
+    """Longest response, in tokens; a response cut there counts as truncated."""
+    max_num_seqs: int = 256
+    """Sequences that one engine decodes at a time."""
+    kv_cache_bytes: int = 4 << 30
+    """Memory for one engine's KV cache, in bytes (cpu only; elsewhere see memory_fraction)."""
+    memory_fraction: float = 0.85
+    """Share of the accelerator's memory that one engine takes (cuda and npu)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_engines", "tensor_parallel", "max_prompt_tokens", "max_num_seqs"):
+            require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1")
+        require(
+            self.max_response_tokens >= 1,
+            "rollout.max_response_tokens",
+            self.max_response_tokens,
+            "at least 1",
+        )
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
+        reason = "the log-probs would not be those of the sampling distribution"
+        require(self.top_p == 1.0, "rollout.top_p", self.top_p, f"1.0 in training; {reason}")
+        require(self.top_k == 0, "rollout.top_k", self.top_k, f"0 (off) in training; {reason}")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """The objective, its advantages and the ratio penalty's dual variable."""
+
+    objective: str = "r2vpo"
+    """Policy-gradient objective by name (r2vpo_megatron.rl.objectives.OBJECTIVES)."""
+    advantage: str = "group_normalized"
+    """group_normalized: (reward - mean) / (std + 1e-6) in each group; group_centered: no std."""
+    aggregation: str = "token_mean"
+    """Mean over the optimizer step: token_mean, sequence_mean or token_sum (1/G, Eq. 2)."""
+    behavior_logprobs: str = "learner"
+    """Denominator of the ratio: learner (recomputed at sampling time) or rollout (the engine's)."""
+    filter_zero_advantage_groups: bool = False
+    """Leave groups whose rewards are all equal out of the updates."""
+    ratio_penalty: float = 0.04
+    """Lambda, the weight of (rho - 1)^2: fixed, or where the dual controller starts."""
+    dual_controller: str = "fixed"
+    """fixed; paper (Eq. 12, linear); multiplicative (log-space, reaches its target)."""
+    dual_target: float = 0.04
+    """Delta, the second moment of the ratio, E[(rho - 1)^2], that a controller aims at."""
+    dual_step_size: float = 1e-3
+    """Eta of Eq. 12 for paper; gain k per update for multiplicative."""
+    ratio_penalty_min: float = 1e-3
+    """Lower end of lambda under the multiplicative controller."""
+    ratio_penalty_max: float = 1e3
+    """Upper end of lambda under the multiplicative controller."""
+
+    def __post_init__(self) -> None:
+        require_choice(
+            "algorithm.advantage", self.advantage, ("group_normalized", "group_centered")
+        )
+        require_choice(
+            "algorithm.aggregation",
+            self.aggregation,
+            ("token_mean", "sequence_mean", "token_sum"),
+        )
+        require_choice(
+            "algorithm.behavior_logprobs", self.behavior_logprobs, ("learner", "rollout")
+        )
+        require_choice(
+            "algorithm.dual_controller",
+            self.dual_controller,
+            ("fixed", "paper", "multiplicative"),
+        )
+        require(
+            self.ratio_penalty >= 0, "algorithm.ratio_penalty", self.ratio_penalty, "at least 0"
+        )
+        require(self.dual_target > 0, "algorithm.dual_target", self.dual_target, "above 0")
+        require(
+            0 < self.ratio_penalty_min <= self.ratio_penalty_max,
+            "algorithm.ratio_penalty_min",
+            self.ratio_penalty_min,
+            "above 0 and at most algorithm.ratio_penalty_max",
+        )
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """The FIFO buffer of past iterations. Algorithm 1 is capacity 1 with an UTD of 1."""
+
+    capacity_iterations: int = 4
+    """Iterations whose responses are kept; 1 discards them after one use."""
+    update_to_data: float = 2.0
+    """UTD: samples trained on per sample generated."""
+    with_replacement: bool = False
+    """Draw each update's samples independently instead of without repetition."""
+
+    def __post_init__(self) -> None:
+        capacity = self.capacity_iterations
+        require(capacity >= 1, "replay.capacity_iterations", capacity, "at least 1")
+        require(self.update_to_data > 0, "replay.update_to_data", self.update_to_data, "above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Sizes of an iteration and of an update."""
+
+    num_iterations: int = 100
+    """Iterations of rollout, update and weight push."""
+    prompts_per_iteration: int = 128
+    """Prompts sampled from per iteration."""
+    responses_per_prompt: int = 8
+    """G, responses per prompt: the group that advantages compare."""
+    mini_batch_samples: int = 256
+    """Responses per optimizer step."""
+    seed: int = 0
+    """Seed of everything random: model making, prompts order, sampling, replay."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_iterations", "prompts_per_iteration", "mini_batch_samples"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        require(
+            self.responses_per_prompt >= 2,
+            "train.responses_per_prompt",
+            self.responses_per_prompt,
+            "at least 2, since an advantage compares the responses of one prompt",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, as Megatron-core runs it."""
+
+    lr: float = 1e-6
+    """Learning rate after warm-up."""
+    warmup_updates: int = 0
+    """Updates of linear warm-up from 0."""
+    beta1: float = 0.9
+    """Adam's first moment decay."""
+    beta2: float = 0.999
+    """Adam's second moment decay."""
+    eps: float = 1e-8
+    """Adam's denominator offset."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    max_gradient_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 turns it off."""
+    distributed: bool = True
+    """Shard the optimizer's state over data parallel ranks."""
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, "optimizer.lr", self.lr, "at least 0")
+        require(
+            self.max_gradient_norm >= 0,
+            "optimizer.max_gradient_norm",
+            self.max_gradient_norm,
+            "at least 0",
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the learner's ranks share the model and the batch."""
+
+    tensor: int = 1
+    """Tensor parallel size; must divide the model's KV heads."""
+    pipeline: int = 1
+    """Pipeline parallel size (stages)."""
+    context: int = 1
+    """Context parallel size."""
+    data: int = 1
+    """Data parallel size; ranks = tensor x pipeline x context x data."""
+    sequence_parallel: bool = False
+    """Split activations along the sequence between tensor parallel regions."""
+    max_tokens_per_micro_batch: int = 32768
+    """Token budget of one packed micro-batch."""
+    recompute: str = "none"
+    """Activation recomputation: none, core_attn, mlp or full (whole layers)."""
+    threads_per_rank: int = 1
+    """CPU threads of one learner rank (cpu only)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "context", "data", "threads_per_rank"):
+            require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "at least 1")
+        require_choice("parallel.recompute", self.recompute, ("none", "core_attn", "mlp", "full"))
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the learner."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True)
+class WeightSyncConfig:
+    """How updated weights reach the engines."""
+
+    backend: str = "shared_memory"
+    """Transport by name (r2vpo_megatron.weight_sync.BACKENDS)."""
+    bucket_bytes: int = 256 << 20
+    """Largest bucket, in bytes; at most two are alive."""
+
+    def __post_init__(self) -> None:
+        require(self.bucket_bytes >= 1, "weight_sync.bucket_bytes", self.bucket_bytes, "at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Accuracy on held-out prompts."""
+
+    every_iterations: int = 10
+    """Evaluate (temperature 1) every so many iterations; 0: only before and after."""
+    num_prompts: int = 256
+    """Held-out prompts used, the file's first ones."""
+
+    def __post_init__(self) -> None:
+        every = self.every_iterations
+        require(every >= 0, "evaluation.every_iterations", every, "at least 0")
+        require(self.num_prompts >= 1, "evaluation.num_prompts", self.num_prompts, "at least 1")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the run writes."""
+
+    dir: str = "outputs"
+    """Folder that gets one sub-folder per run."""
+    run_name: str = ""
+    """Name of that sub-folder; empty: recipe name and start time."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    cache_dir: str = ".cache"
+    """Folder of what is made once and reused, the testbed's models."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """The machines."""
+
+    device: str = "auto"
+    """Platform: auto, cpu, cuda or npu."""
+    ray_address: str = ""
+    """Address of a running Ray cluster; empty: start one on this machine for this run."""
+    logprob_gap_alarm: float = 0.02
+    """Mean absolute rollout/learner log-prob gap above which a warning is printed."""
+    timeout_seconds: float = 1800.0
+    """Deadline of one collective or remote stage, in seconds."""
+
+    def __post_init__(self) -> None:
+        require_choice("runtime.device", self.device, DEVICES)
+        require(self.timeout_seconds > 0, "runtime.timeout_seconds", self.timeout_seconds, "> 0")
