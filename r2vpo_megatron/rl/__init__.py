@@ -1,0 +1,1 @@
+"""The algorithm: ratios, advantages, objectives, statistics, dual variable. Pure torch."""

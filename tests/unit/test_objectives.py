@@ -1,0 +1,134 @@
+"""Objectives: autograd against the closed forms, limits, and hand-computed values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from r2vpo_megatron.rl.objectives import OBJECTIVES, ObjectiveInputs
+from r2vpo_megatron.rl.objectives.baselines import GRPO
+from r2vpo_megatron.rl.objectives.r2vpo import R2VPO
+from r2vpo_megatron.rl.ratios import MAX_LOG_RATIO, importance_ratios
+
+LOG_RATIOS = [-25.0, -6.0, -1.0, -0.3, -0.1, -1e-6, 0.0, 1e-6, 0.1, 0.21, 0.26, 1.0, 6.0, 12.0]
+ADVANTAGES = [-2.5, -1.0, 0.0, 0.3, 1.0, 2.0]
+
+
+def make_inputs(policy, behavior, advantages, ratio_penalty, num_per_sequence=7):
+    ratios = importance_ratios(policy, behavior)
+    ids = torch.arange(len(policy)) // num_per_sequence
+    sums = torch.zeros(int(ids.max()) + 1, dtype=policy.dtype)
+    sums = sums.index_add(0, ids, ratios.log_ratio.detach())
+    lengths = torch.bincount(ids).to(policy.dtype)
+    return ObjectiveInputs(ratios, advantages, sums[ids], lengths[ids], ratio_penalty)
+
+
+def grid(dtype):
+    log_ratio, advantage = torch.meshgrid(
+        torch.tensor(LOG_RATIOS, dtype=dtype), torch.tensor(ADVANTAGES, dtype=dtype), indexing="ij"
+    )
+    behavior = torch.full((log_ratio.numel(),), -30.0, dtype=dtype)
+    return behavior + log_ratio.flatten(), behavior, advantage.flatten()
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("ratio_penalty", [0.0, 0.04, 2.5])
+def test_autograd_equals_closed_form_in_float64(name, ratio_penalty):
+    policy, behavior, advantages = grid(torch.float64)
+    policy.requires_grad_()
+    inputs = make_inputs(policy, behavior, advantages, ratio_penalty)
+    (gradient,) = torch.autograd.grad(OBJECTIVES[name].surrogate(inputs).sum(), policy)
+    torch.testing.assert_close(
+        gradient, OBJECTIVES[name].gradient_weight(inputs), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "advantage", "expected"),
+    [
+        ("r2vpo", 1.3, 1.0, 1.3 * (1.0 - 2 * 0.04 * 0.3)),
+        ("r2vpo", 13.5, 1.0, 0.0),  # rho* = 1 + A / (2 lambda)
+        ("r2vpo", 0.5, 0.0, 0.5 * 2 * 0.04 * 0.5),  # a pull back without any advantage
+        ("grpo", 1.21, 1.0, 0.0),
+        ("grpo", 1.19, 1.0, 1.19),
+        ("grpo", 1.5, -1.0, -1.5),
+        ("grpo", 0.79, -1.0, 0.0),
+        ("grpo_clip_high", 1.27, 1.0, 1.27),
+        ("grpo_clip_high", 1.29, 1.0, 0.0),
+        ("gppo", 5.0, 2.0, 1.28 * 2.0),
+        ("gppo", 0.1, -2.0, 0.8 * -2.0),
+        ("gppo", 0.1, 2.0, 0.1 * 2.0),
+        ("spo", 1.2, 3.0, 0.0),
+        ("spo", 1.1, 2.0, 1.1 * 2.0 * 0.5),
+        ("topr_token", 7.0, 1.5, 1.5),
+        ("topr_token", 0.25, -2.0, -0.5),
+        ("topr_token", 4.0, -2.0, -2.0),
+        ("unclipped", 4.0, -2.0, -8.0),
+    ],
+)
+def test_gradient_weight_by_hand(name, ratio, advantage, expected):
+    policy = torch.tensor([math.log(ratio)], dtype=torch.float64)
+    zeros = torch.zeros(1, dtype=torch.float64)
+    inputs = make_inputs(policy, zeros, zeros + advantage, 0.04)
+    weight = OBJECTIVES[name].gradient_weight(inputs)
+    assert weight.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_all_objectives_coincide_at_ratio_one(name):
+    logprobs = torch.linspace(-5, -0.1, 24, dtype=torch.float64)
+    advantages = torch.linspace(-2, 2, 24, dtype=torch.float64)
+    inputs = make_inputs(logprobs, logprobs.clone(), advantages, 0.7)
+    torch.testing.assert_close(OBJECTIVES[name].gradient_weight(inputs), advantages)
+
+
+def test_limits_give_the_unclipped_objective():
+    policy, behavior, advantages = grid(torch.float64)
+    inputs = make_inputs(policy, behavior, advantages, 0.0)
+    expected = OBJECTIVES["unclipped"].gradient_weight(inputs)
+    torch.testing.assert_close(R2VPO().gradient_weight(inputs), expected)
+    wide = GRPO(eps_low=math.inf, eps_high=math.inf)
+    torch.testing.assert_close(wide.gradient_weight(inputs), expected)
+
+
+def test_topr_weights_a_response_by_its_product_or_geometric_mean():
+    # One response of two tokens with ratios 0.5 and 0.25: product 0.125, geometric mean 0.3536.
+    policy = torch.tensor([0.5, 0.25], dtype=torch.float64).log()
+    inputs = make_inputs(policy, torch.zeros(2).double(), -torch.ones(2).double(), 0.0, 2)
+    product = OBJECTIVES["topr"].gradient_weight(inputs)
+    geometric = OBJECTIVES["topr_geometric"].gradient_weight(inputs)
+    torch.testing.assert_close(product, torch.full((2,), -0.125, dtype=torch.float64))
+    torch.testing.assert_close(geometric, torch.full((2,), -math.sqrt(0.125)).double())
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_float32_agrees_with_float64_down_to_tiny_deviations(name):
+    magnitudes = torch.logspace(-6, 0, 25, dtype=torch.float64)
+    log_ratio = torch.cat([-magnitudes, magnitudes]).float().double()
+    advantages = torch.linspace(-2, 2, 50, dtype=torch.float32).double()
+    weights = []
+    for dtype in (torch.float32, torch.float64):
+        policy, zeros = log_ratio.to(dtype), torch.zeros(50, dtype=dtype)
+        inputs = make_inputs(policy, zeros, advantages.to(dtype), 0.04)
+        weights.append(OBJECTIVES[name].gradient_weight(inputs).double())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-9)
+
+
+def test_excess_is_accurate_near_one_and_limited_far_off():
+    behavior = torch.zeros(3)
+    ratios = importance_ratios(torch.tensor([1e-6, 100.0, -100.0]), behavior)
+    assert ratios.excess[0].item() == pytest.approx(1.0000005e-6, rel=1e-6)
+    assert ratios.excess[1].item() == pytest.approx(math.expm1(MAX_LOG_RATIO), rel=1e-6)
+    assert ratios.clamped.tolist() == [False, True, True]
+    assert torch.isfinite(ratios.excess.square()).all()
+
+
+def test_a_limited_ratio_keeps_its_gradient():
+    policy = torch.tensor([30.0], requires_grad=True)
+    inputs = make_inputs(policy, torch.zeros(1), torch.zeros(1), 1.0, 1)
+    R2VPO().surrogate(inputs).sum().backward()
+    ratio = math.exp(MAX_LOG_RATIO)
+    assert policy.grad is not None
+    assert policy.grad.item() == pytest.approx(-2 * ratio * (ratio - 1), rel=1e-5)
