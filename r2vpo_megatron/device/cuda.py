@@ -1,0 +1,137 @@
+"""NVIDIA GPUs with NCCL."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2vpo_megatron.device.base import Platform, SequenceLayout, attention_per_sequence
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class CudaPlatform(Platform):
+    """CUDA needs no stand-ins; only the attention kernel is chosen here."""
+
+    name = "cuda"
+    collective_backend = "nccl"
+
+    def prepare(self) -> None:
+        """Check that there is a device."""
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "platform cuda: no CUDA device or a torch built without CUDA; "
+                "use --platform cpu, or install a CUDA build of torch"
+            )
+
+    def torch_device(self, local_rank: int) -> torch.device:
+        """cuda:local_rank, made current."""
+        self.prepare()
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    def transformer_config_overrides(self) -> dict[str, Any]:
+        """Fused gradient accumulation needs Apex's extension; take it only where it is."""
+        has_apex_kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        return {
+            "use_cpu_initialization": False,
+            "gradient_accumulation_fusion": has_apex_kernel,
+            "masked_softmax_fusion": False,
+        }
+
+    def packed_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout
+    ) -> Tensor:
+        """flash-attn's varlen kernel if installed, else torch's, else one sdpa a sequence.
+
+        Neither varlen kernel takes float32; the last way exists for parity tests in it.
+        """
+        if query.dtype not in _FLASH_DTYPES:
+            return attention_per_sequence(query, key, value, layout)
+        if importlib.util.find_spec("flash_attn") is not None:
+            return _flash_attention(query, key, value, layout)
+        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+            return _torch_varlen_attention(query, key, value, layout)
+        return attention_per_sequence(query, key, value, layout)
+
+    def accelerator_resource(self) -> str | None:
+        """GPU."""
+        return "GPU"
+
+    def memory_allocated_bytes(self) -> int:
+        """Bytes in live tensors on the current device."""
+        return torch.cuda.memory_allocated()
+
+    def peak_memory_bytes(self) -> int:
+        """Most bytes in live tensors since the last reset."""
+        return torch.cuda.max_memory_allocated()
+
+    def reset_peak_memory(self) -> None:
+        """Start a new peak measurement."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def synchronize(self) -> None:
+        """Wait for the current device."""
+        torch.cuda.synchronize()
+
+    def empty_cache(self) -> None:
+        """Free cached blocks."""
+        torch.cuda.empty_cache()
+
+    def seed(self, seed: int) -> None:
+        """Host and every CUDA device."""
+        torch.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    offsets = layout.cumulative_lengths_device
+    output: Tensor = flash_attn_varlen_func(
+        query, key, value, offsets, offsets, layout.longest, layout.longest, causal=True
+    )
+    return output
+
+
+def _torch_varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets = layout.cumulative_lengths_device
+    arguments = _varlen_arguments()
+    if "enable_gqa" in arguments:
+        arguments["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:  # torch 2.10 has no GQA: repeat each KV head for its group of query heads
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    output = varlen_attn(
+        query, key, value, offsets, offsets, layout.longest, layout.longest, **arguments
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+@functools.cache
+def _signature_of_varlen_attn() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_arguments() -> dict[str, Any]:
+    """Causal masking as this torch spells it: is_causal at first, later a window of (-1, 0)."""
+    parameters = _signature_of_varlen_attn()
+    arguments: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    )
+    if "enable_gqa" in parameters:
+        arguments["enable_gqa"] = False
+    return arguments
