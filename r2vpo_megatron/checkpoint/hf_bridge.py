@@ -1,0 +1,190 @@
+"""Hugging Face checkpoint <-> this rank's Megatron parameters, streamed in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r2vpo_megatron.checkpoint.layout import (
+    Placement,
+    merge_shards,
+    placements,
+    read_shard,
+    shard_shape,
+)
+from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
+from r2vpo_megatron.models import ARCHITECTURES
+from r2vpo_megatron.models.spec import ModelSpec, stage_of_layer
+from r2vpo_megatron.parallel.state import ParallelState
+
+_MAX_LISTED = 8
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def load_hf_weights(
+    model_chunks: Sequence[Any], spec: ModelSpec, state: ParallelState, model_dir: str | Path
+) -> None:
+    """Fill every parameter of this rank from a checkpoint, reading only the slices it needs.
+
+    No collective: ranks read on their own. Values are converted to the parameters' dtype.
+
+    Args:
+        model_chunks: from build_model, wrapped (DDP) or not.
+        spec: of the same checkpoint.
+        state: where this rank stands.
+        model_dir: folder with safetensors files.
+
+    Raises:
+        ValueError: tensors that are missing, of the wrong shape, or not used by this model.
+    """
+    by_name = {p.megatron_name: p for group in placements(spec) for p in group}
+    if spec.tied_embeddings:
+        # The last of several stages keeps a copy of the embedding as its head.
+        by_name["output_layer.weight"] = by_name["embedding.word_embeddings.weight"]
+    with CheckpointReader(model_dir) as reader, torch.no_grad():
+        _check_tensors(reader, spec)
+        for name, parameter in _local_parameters(model_chunks).items():
+            shard = read_shard(
+                by_name[name], spec, state.tensor_rank, state.tensor_size, reader.read_slice
+            )
+            assert parameter.shape == shard.shape, (name, parameter.shape, shard.shape)
+            parameter.copy_(shard)
+
+
+def iterate_hf_weights(
+    model_chunks: Sequence[Any], spec: ModelSpec, state: ParallelState
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield every tensor of the Hugging Face checkpoint, whole, in its order.
+
+    Collective: every rank must iterate to the end, in step; data-parallel replicas other than
+    the first take no part in the transfers. One fused tensor is in memory at a time. A tied LM
+    head is not yielded, as Hugging Face does not store it.
+
+    Args:
+        model_chunks: wrapped (DDP) or not.
+        spec: the model.
+        state: where this rank stands.
+
+    Yields:
+        (name, tensor): on global rank 0 the unpadded, contiguous tensor on state.device in the
+        parameters' dtype, which may share memory with a parameter; None on every other rank.
+    """
+    parameters = _local_parameters(model_chunks)
+    dtype = next(iter(parameters.values())).dtype
+    takes_part = state.data_rank == 0 and state.context_rank == 0
+    for group in placements(spec):
+        merged: list[dict[str, Tensor]] = []
+        if takes_part:
+            for placement in group:
+                shards = _collect_shards(placement, spec, state, parameters, dtype)
+                if state.is_writer:
+                    merged.append(merge_shards(placement, spec, shards))
+        # Weight and bias alternate: q weight, q bias, k weight, ...
+        for names in zip(*(placement.hf_shapes for placement in group), strict=True):
+            for position, name in enumerate(names):
+                yield name, merged[position][name].contiguous() if merged else None
+
+
+def _collect_shards(
+    placement: Placement,
+    spec: ModelSpec,
+    state: ParallelState,
+    parameters: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Bring the shards of one parameter to global rank 0, from the TP ranks of its stage."""
+    owner = _stage_of(placement, spec, state)
+    shape = shard_shape(placement, spec, state.tensor_size)
+    num_shards = 1 if placement.kind == "replicated" else state.tensor_size
+    shards: list[Tensor] = []
+    if state.pipeline_rank == owner:
+        local = parameters[placement.megatron_name].detach()
+        shards = [local]
+        if num_shards > 1:
+            shards = [torch.empty_like(local) for _ in range(num_shards)]
+            dist.all_gather(shards, local.contiguous(), group=state.tensor_group)
+    if owner == 0 or state.tensor_rank != 0:
+        return shards
+    stages = dist.get_process_group_ranks(state.pipeline_group)
+    if state.pipeline_rank == owner:
+        for shard in shards:
+            dist.send(shard.contiguous(), dst=stages[0], group=state.pipeline_group)
+    elif state.pipeline_rank == 0:
+        shards = [torch.empty(shape, dtype=dtype, device=state.device) for _ in range(num_shards)]
+        for shard in shards:
+            dist.recv(shard, src=stages[owner], group=state.pipeline_group)
+    return shards
+
+
+def _stage_of(placement: Placement, spec: ModelSpec, state: ParallelState) -> int:
+    if placement.layer is not None:
+        return stage_of_layer(
+            spec, placement.layer, state.pipeline_size, state.virtual_pipeline_size
+        )
+    return 0 if placement.megatron_name.startswith("embedding.") else state.pipeline_size - 1
+
+
+def _local_parameters(model_chunks: Sequence[Any]) -> dict[str, Tensor]:
+    """Parameters of this rank, with layers numbered from the bottom of the whole model."""
+    parameters: dict[str, Tensor] = {}
+    for chunk in model_chunks:
+        model = chunk
+        while hasattr(model, "module"):  # DistributedDataParallel, Float16Module
+            model = model.module
+        for name, parameter in model.named_parameters():
+            match = _LAYER.match(name)
+            if match:
+                layer = model.decoder.layers[int(match.group(1))].layer_number - 1
+                name = f"decoder.layers.{layer}.{name[match.end() :]}"
+            parameters[name] = parameter
+    return parameters
+
+
+def _check_tensors(reader: CheckpointReader, spec: ModelSpec) -> None:
+    names = ARCHITECTURES[spec.architecture].names
+    expected = {
+        name: shape
+        for group in placements(spec)
+        for placement in group
+        for name, shape in placement.hf_shapes.items()
+    }
+    present = set(reader.names())
+    missing = [name for name in expected if name not in present]
+    ignorable = {names.lm_head} if spec.tied_embeddings else set()
+    unused = sorted(
+        name
+        for name in present
+        if name not in expected
+        and name not in ignorable
+        and not name.endswith(names.ignored_suffixes)
+    )
+    misshapen = [
+        f"{name} {list(reader.shape(name))}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in present and reader.shape(name) != shape
+    ]
+    problems = [
+        f"{title}: {_abbreviated(found)}"
+        for title, found in (
+            ("missing", missing),
+            ("not used by this model", unused),
+            ("wrong shape", misshapen),
+        )
+        if found
+    ]
+    if problems:
+        raise ValueError(
+            f"checkpoint {reader.folder} does not fit its config.json ({spec.architecture}): "
+            + "; ".join(problems)
+        )
+
+
+def _abbreviated(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
+    return ", ".join(items[:_MAX_LISTED]) + more

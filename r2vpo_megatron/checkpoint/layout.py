@@ -1,0 +1,180 @@
+"""How Megatron lays out a Hugging Face checkpoint, as pure functions on tensors.
+
+replicated  norms and the o bias: equal on every TP rank
+vocab       embedding and LM head: rows, padded with zeros to a multiple of 128 x TP
+qkv         for each KV head: its query heads, its key head, its value head; then rows
+gate_up     on each TP rank: its rows of gate, then its rows of up
+row         o and down projections: columns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from r2vpo_megatron.models import ARCHITECTURES
+from r2vpo_megatron.models.spec import ModelSpec, padded_vocab_size
+
+Kind = Literal["replicated", "vocab", "qkv", "gate_up", "row"]
+Shape = tuple[int, ...]
+
+# (name, dimension, start, stop) -> that slice of a tensor of the checkpoint
+ReadSlice = Callable[[str, int, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One Megatron parameter and the Hugging Face tensors that it is made of."""
+
+    megatron_name: str  # with the layer's number in the whole model, not in the stage
+    hf_shapes: dict[str, Shape]  # in the order in which they are fused
+    kind: Kind
+    layer: int | None  # None: outside the layers
+
+
+def interleave_qkv(query: Tensor, key: Tensor, value: Tensor, head_dim: int) -> Tensor:
+    """Fuse rows of q, k and v per KV head.
+
+    Args:
+        query: [kv_heads * heads_per_kv_head * head_dim, ...].
+        key: [kv_heads * head_dim, ...].
+        value: [kv_heads * head_dim, ...].
+        head_dim: rows of one head.
+
+    Returns:
+        [kv_heads * (heads_per_kv_head + 2) * head_dim, ...].
+    """
+    num_groups, rest = key.shape[0] // head_dim, key.shape[1:]
+    parts = [part.reshape(num_groups, -1, *rest) for part in (query, key, value)]
+    return torch.cat(parts, dim=1).reshape(-1, *rest)
+
+
+def split_qkv(fused: Tensor, head_dim: int, heads_per_kv_head: int) -> tuple[Tensor, ...]:
+    """Undo interleave_qkv: query, key and value rows, contiguous."""
+    rest = fused.shape[1:]
+    groups = fused.reshape(-1, (heads_per_kv_head + 2) * head_dim, *rest)
+    sizes = [heads_per_kv_head * head_dim, head_dim, head_dim]
+    return tuple(part.reshape(-1, *rest) for part in groups.split(sizes, dim=1))
+
+
+def placements(spec: ModelSpec) -> list[tuple[Placement, ...]]:
+    """Every parameter, in the order of a Hugging Face checkpoint.
+
+    Parameters whose tensors alternate there (q weight, q bias, k weight, ...) are in one tuple.
+    A tied LM head is not listed.
+    """
+    names = ARCHITECTURES[spec.architecture].names
+    hidden = spec.hidden_size
+    vocab_shape = (spec.vocab_size, hidden)
+    embedding = Placement(
+        "embedding.word_embeddings.weight", {names.embedding: vocab_shape}, "vocab", None
+    )
+    norm = Placement(
+        "decoder.final_layernorm.weight", {names.final_norm: (hidden,)}, "replicated", None
+    )
+    head = Placement("output_layer.weight", {names.lm_head: vocab_shape}, "vocab", None)
+    layers = [group for layer in range(spec.num_layers) for group in _layer(spec, layer)]
+    return [(embedding,), *layers, (norm,), *([] if spec.tied_embeddings else [(head,)])]
+
+
+def _layer(spec: ModelSpec, layer: int) -> list[tuple[Placement, ...]]:
+    names = ARCHITECTURES[spec.architecture].names
+    prefix = names.layer_prefix.format(layer=layer)
+    hidden, ffn = spec.hidden_size, spec.ffn_size
+    query_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    qkv_rows = {names.query: query_rows, names.key: kv_rows, names.value: kv_rows}
+
+    def place(megatron: str, kind: Kind, suffix: str, shapes: Mapping[str, Shape]) -> Placement:
+        hf_shapes = {f"{prefix}{name}.{suffix}": shape for name, shape in shapes.items()}
+        return Placement(f"decoder.layers.{layer}.{megatron}.{suffix}", hf_shapes, kind, layer)
+
+    qkv_weight = {name: (rows, hidden) for name, rows in qkv_rows.items()}
+    qkv = [place("self_attention.linear_qkv", "qkv", "weight", qkv_weight)]
+    if spec.qkv_bias:
+        qkv_bias = {name: (rows,) for name, rows in qkv_rows.items()}
+        qkv.append(place("self_attention.linear_qkv", "qkv", "bias", qkv_bias))
+    output = [
+        place("self_attention.linear_proj", "row", "weight", {names.output: (hidden, query_rows)})
+    ]
+    if spec.o_bias:
+        output.append(
+            place("self_attention.linear_proj", "replicated", "bias", {names.output: (hidden,)})
+        )
+    gate_up = {names.gate: (ffn, hidden), names.up: (ffn, hidden)}
+    return [
+        tuple(qkv),
+        tuple(output),
+        (place("mlp.linear_fc1", "gate_up", "weight", gate_up),),
+        (place("mlp.linear_fc2", "row", "weight", {names.down: (hidden, ffn)}),),
+        (place("input_layernorm", "replicated", "weight", {names.attention_norm: (hidden,)}),),
+        (place("pre_mlp_layernorm", "replicated", "weight", {names.mlp_norm: (hidden,)}),),
+    ]
+
+
+def shard_shape(placement: Placement, spec: ModelSpec, tensor_size: int) -> Shape:
+    """Shape of the parameter on each TP rank."""
+    shapes = list(placement.hf_shapes.values())
+    rows, rest = sum(shape[0] for shape in shapes), shapes[0][1:]
+    if placement.kind == "replicated":
+        return shapes[0]
+    if placement.kind == "row":
+        return (rows, rest[0] // tensor_size)
+    if placement.kind == "vocab":
+        rows = padded_vocab_size(spec.vocab_size, tensor_size)
+    return (rows // tensor_size, *rest)
+
+
+def read_shard(
+    placement: Placement, spec: ModelSpec, tensor_rank: int, tensor_size: int, read: ReadSlice
+) -> Tensor:
+    """Make one TP rank's parameter, reading no more of the checkpoint than it needs."""
+    names = list(placement.hf_shapes)
+    shape = shard_shape(placement, spec, tensor_size)
+    start, stop = tensor_rank * shape[0], (tensor_rank + 1) * shape[0]
+    if placement.kind == "replicated":
+        return read(names[0], 0, 0, shape[0])
+    if placement.kind == "row":
+        return read(names[0], 1, tensor_rank * shape[1], (tensor_rank + 1) * shape[1])
+    if placement.kind == "gate_up":
+        half = shape[0] // 2
+        start = tensor_rank * half
+        return torch.cat([read(name, 0, start, start + half) for name in names])
+    if placement.kind == "vocab":
+        rows = read(names[0], 0, min(start, spec.vocab_size), min(stop, spec.vocab_size))
+        padding = rows.new_zeros(shape[0] - rows.shape[0], shape[1])
+        return torch.cat([rows, padding])
+    kv_rows = spec.num_kv_heads // tensor_size * spec.head_dim
+    query_rows = kv_rows * spec.heads_per_kv_head
+    parts = [
+        read(name, 0, tensor_rank * rows, (tensor_rank + 1) * rows)
+        for name, rows in zip(names, (query_rows, kv_rows, kv_rows), strict=True)
+    ]
+    return interleave_qkv(parts[0], parts[1], parts[2], spec.head_dim)
+
+
+def merge_shards(
+    placement: Placement, spec: ModelSpec, shards: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Undo read_shard over all TP ranks: the whole Hugging Face tensors, contiguous.
+
+    Args:
+        placement: of the parameter.
+        spec: the model.
+        shards: one a TP rank, in order; for a replicated parameter the first is enough.
+    """
+    names = list(placement.hf_shapes)
+    if placement.kind == "replicated":
+        return {names[0]: shards[0]}
+    if placement.kind == "row":
+        return {names[0]: torch.cat(list(shards), dim=1)}
+    if placement.kind == "vocab":
+        return {names[0]: torch.cat(list(shards))[: spec.vocab_size]}
+    if placement.kind == "gate_up":
+        halves = [shard.chunk(2) for shard in shards]
+        return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(names)}
+    parts = split_qkv(torch.cat(list(shards)), spec.head_dim, spec.heads_per_kv_head)
+    return dict(zip(names, parts, strict=True))

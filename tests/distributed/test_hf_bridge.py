@@ -1,0 +1,175 @@
+"""Checkpoint -> Megatron shards -> stream of whole tensors is bit-exact, or refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from r2vpo_megatron.checkpoint.hf_bridge import iterate_hf_weights, load_hf_weights
+from r2vpo_megatron.checkpoint.safetensors_io import save_hf_checkpoint
+from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.models.spec import padded_vocab_size, read_model_spec
+from r2vpo_megatron.parallel.state import destroy_parallel, initialize_parallel
+from tests.distributed.ranks import run_ranks
+from tests.distributed.tiny_checkpoints import VARIANTS, VOCAB_SIZE, save_checkpoint
+
+# tensor, pipeline, virtual pipeline, data
+GRIDS = {
+    "tp1": (1, 1, None, 1),
+    "tp2": (2, 1, None, 1),
+    "pp2": (1, 2, None, 1),
+    "tp2_pp2": (2, 2, None, 1),
+    "pp2_vpp2": (1, 2, 2, 1),
+    "pp2_dp2": (1, 2, None, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint of each kind, and one in bfloat16."""
+    folders = {}
+    for variant in VARIANTS:
+        folders[variant] = tmp_path_factory.mktemp(variant)
+        save_checkpoint(variant, folders[variant])
+    source, folder = folders["pangu-tied"], tmp_path_factory.mktemp("bfloat16")
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: v.bfloat16() for k, v in tensors.items()}, folder / "model.safetensors")
+    return folders | {"pangu-tied-bfloat16": folder}
+
+
+def _round_trip(
+    rank: int,
+    world_size: int,
+    init_method: str,
+    grid: tuple[int, int, int | None, int],
+    folders: dict[str, Path],
+) -> dict[str, list[tuple[str, Tensor | None]]]:
+    from r2vpo_megatron.models.build import build_model
+
+    tensor, pipeline, virtual_pipeline, _ = grid
+    platform = get_platform("cpu")
+    state = initialize_parallel(
+        platform,
+        rank=rank,
+        world_size=world_size,
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=virtual_pipeline,
+        init_method=init_method,
+        timeout_seconds=60,
+    )
+    streams = {}
+    for name, folder in folders.items():
+        spec = read_model_spec(folder)
+        dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+        chunks = build_model(spec, state, platform, dtype=dtype)
+        for chunk in chunks:  # what is not loaded must show
+            for parameter in chunk.parameters():
+                parameter.data.fill_(float("nan"))
+        load_hf_weights(chunks, spec, state, folder)
+        if state.is_last_stage:  # padding rows of the LM head are zero
+            head = chunks[-1].lm_head_weight()
+            assert head.shape[0] == padded_vocab_size(VOCAB_SIZE, tensor) // tensor
+            if state.tensor_rank == tensor - 1:
+                assert torch.count_nonzero(head[VOCAB_SIZE - padded_vocab_size(200, tensor) :]) == 0
+        streams[name] = [
+            (tensor_name, value if value is None else value.detach().clone())
+            for tensor_name, value in iterate_hf_weights(chunks, spec, state)
+        ]
+    destroy_parallel()
+    return streams
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_round_trip_is_bit_exact(
+    grid: tuple[int, int, int | None, int], folders: dict[str, Path]
+) -> None:
+    world_size = grid[0] * grid[1] * grid[3]
+    by_rank = run_ranks(world_size, _round_trip, grid, folders)
+    for name, folder in folders.items():
+        source = load_file(folder / "model.safetensors")
+        stream = by_rank[0][name]
+        assert sorted(key for key, _ in stream) == sorted(source)
+        for key, value in stream:
+            assert value is not None and value.is_contiguous()
+            assert value.dtype == source[key].dtype
+            assert torch.equal(value, source[key]), f"{name} {key}"
+        for other in by_rank[1:]:
+            assert other[name] == [(key, None) for key, _ in stream]
+
+
+def test_the_stream_has_the_order_of_transformers(tmp_path: Path, folders: dict[str, Path]) -> None:
+    model = save_checkpoint("pangu-untied", tmp_path / "model")
+    (streams,) = run_ranks(1, _round_trip, GRIDS["tp1"], {"a": tmp_path / "model"})
+    expected = list(model.state_dict())
+    assert expected[1:9:2] == [
+        f"model.layers.0.self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")
+    ]
+    assert [name for name, _ in streams["a"]] == expected
+
+
+def _refusal(rank: int, world_size: int, init_method: str, folder: Path) -> str:
+    from r2vpo_megatron.models.build import build_model
+
+    platform = get_platform("cpu")
+    state = initialize_parallel(platform, rank=rank, world_size=world_size, init_method=init_method)
+    spec = read_model_spec(folder)
+    chunks = build_model(spec, state, platform)
+    with pytest.raises(ValueError) as refusal:
+        load_hf_weights(chunks, spec, state, folder)
+    return str(refusal.value)
+
+
+def _edited(source: Path, target: Path, **changes: Tensor | None) -> Path:
+    """A copy of a checkpoint with tensors added, replaced or (None) left out."""
+    shutil.copytree(source, target)
+    tensors: dict[str, Tensor | None] = dict(load_file(source / "model.safetensors")) | changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.layers.2.self_attn.o_proj.bias": None},
+            "missing: model.layers.2.self_attn.o_proj.bias",
+        ),
+        (
+            {"model.layers.0.mlp.up_proj.bias": torch.zeros(48)},
+            "not used by this model: model.layers.0.mlp.up_proj.bias",
+        ),
+        (
+            {"model.norm.weight": torch.zeros(31)},
+            "wrong shape: model.norm.weight [31], expected [32]",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    changes: dict[str, Tensor | None], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = _edited(folders["pangu-untied"], tmp_path / "edited", **changes)
+    (refusal,) = run_ranks(1, _refusal, folder)
+    assert refusal.endswith(f"does not fit its config.json (pangu): {message}")
+
+
+def test_computed_and_tied_tensors_are_ignored_on_the_way_in_and_copied_out(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    extra = {
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(8.0),
+        "lm_head.weight": torch.ones(VOCAB_SIZE, 32),
+    }
+    source = _edited(folders["pangu-tied"], tmp_path / "source", **extra)
+    (streams,) = run_ranks(1, _round_trip, GRIDS["tp1"], {"a": source})
+    save_hf_checkpoint(streams["a"], tmp_path / "saved", source)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert set(saved) == set(load_file(source / "model.safetensors")) - {"lm_head.weight"}
+    assert torch.equal(saved["model.layers.1.self_attn.rotary_emb.inv_freq"], torch.arange(8.0))
