@@ -1,0 +1,122 @@
+"""What Megatron's pipeline schedule runs per micro-batch: forward, then log-probs or the loss.
+
+A forward step returns (output, function of the output), as
+`megatron.core.pipeline_parallel.schedules.forward_step` asks; the function runs on the last
+stage alone and returns (loss sum, denominator count, what to keep).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from r2vpo_megatron.learner.micro_batch import MicroBatch
+from r2vpo_megatron.parallel.state import ParallelState
+from r2vpo_megatron.parallel.vocab_logprobs import VocabularyShard, vocab_parallel_logprobs
+from r2vpo_megatron.rl.aggregation import denominator_count
+from r2vpo_megatron.rl.loss import policy_loss
+from r2vpo_megatron.rl.objectives import Objective
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
+ForwardStep = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, LossFunction]]
+
+
+@dataclass(frozen=True)
+class PolicyHead:
+    """Log-probs of the response tokens from the last stage's hidden states."""
+
+    state: ParallelState
+    vocab_size: int
+    temperature: float
+    sequence_parallel: bool
+
+    def logprobs(
+        self, model: Any, hidden: Tensor, batch: MicroBatch, *, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[N] fp32 log pi_theta at the sampling temperature and entropy, the same on TP ranks.
+
+        Collective: every rank of the tensor parallel group must call.
+
+        Args:
+            model: the last stage's PolicyModel, wrapped or not.
+            hidden: [T, 1, H] after the final norm; [T / TP, 1, H] under sequence parallelism.
+            batch: the micro-batch that went in.
+            with_entropy: whether to compute the entropy, in nats.
+        """
+        group = self.state.tensor_group
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=group
+            )
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        weight = unwrap_model(model).lm_head_weight()
+        shard = VocabularyShard.of_rank(
+            self.vocab_size, weight.shape[0], self.state.tensor_rank, group
+        )
+        return vocab_parallel_logprobs(
+            hidden[:, 0].index_select(0, batch.response_positions),
+            weight,
+            batch.target_ids,
+            shard,
+            temperature=self.temperature,
+            with_entropy=with_entropy,
+        )
+
+
+def _run_model(model: Any, batch: MicroBatch) -> Tensor:
+    output: Tensor = model(
+        batch.token_ids, batch.position_ids, None, packed_seq_params=batch.packed_sequences
+    )
+    return output
+
+
+def logprob_step(head: PolicyHead) -> ForwardStep:
+    """A forward step that keeps (sample ids, response lengths, [N] log-probs)."""
+
+    def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
+        batch = next(batches)
+
+        def keep_logprobs(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+            logprobs, _ = head.logprobs(model, hidden, batch, with_entropy=False)
+            kept = (batch.sample_ids, batch.response_lengths, logprobs)
+            return logprobs.sum(), _count(len(logprobs), hidden), kept
+
+        return _run_model(model, batch), keep_logprobs
+
+    return forward_step
+
+
+def policy_step(
+    head: PolicyHead, objective: Objective, aggregation: str, ratio_penalty: float
+) -> ForwardStep:
+    """A forward step that returns the R2VPO (or a baseline's) loss and keeps its statistics."""
+
+    def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
+        batch = next(batches)
+
+        def loss_and_statistics(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+            logprobs, entropy = head.logprobs(model, hidden, batch, with_entropy=True)
+            loss, vector = policy_loss(
+                logprobs, batch.tokens, objective, aggregation, ratio_penalty, entropy
+            )
+            count = denominator_count(aggregation, len(logprobs), len(batch.sample_ids))
+            return loss, _count(count, hidden), vector
+
+        return _run_model(model, batch), loss_and_statistics
+
+    return forward_step
+
+
+def _count(count: int, like: Tensor) -> Tensor:
+    """Megatron adds the counts of micro-batches up in int32."""
+    return torch.tensor(count, dtype=torch.int, device=like.device)

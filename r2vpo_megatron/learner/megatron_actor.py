@@ -1,0 +1,163 @@
+"""One rank of the learner: log-probs, policy updates and weight export on Megatron-core.
+
+Plain torch.distributed: it knows nothing of Ray or of rollouts. Every public method is a
+collective over all learner ranks, to be called on each with that rank's own batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from r2vpo_megatron.checkpoint.hf_bridge import iterate_hf_weights, load_hf_weights
+from r2vpo_megatron.checkpoint.safetensors_io import save_hf_checkpoint
+from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.device.base import Platform
+from r2vpo_megatron.learner.forward_step import ForwardStep, PolicyHead, logprob_step, policy_step
+from r2vpo_megatron.learner.micro_batch import MicroBatch
+from r2vpo_megatron.learner.optimizer import make_trainable
+from r2vpo_megatron.models.build import build_model
+from r2vpo_megatron.models.spec import read_model_spec
+from r2vpo_megatron.parallel.collectives import reduce_statistics
+from r2vpo_megatron.parallel.state import ParallelState
+from r2vpo_megatron.records import FloatArray, PackedBatch
+from r2vpo_megatron.rl.objectives import OBJECTIVES
+from r2vpo_megatron.rl.statistics import VECTOR_LENGTH
+
+
+class MegatronActor:
+    """The policy on one rank, built from a Hugging Face checkpoint at any TP x PP."""
+
+    def __init__(
+        self, config: RunConfig, model_dir: Path, state: ParallelState, platform: Platform
+    ) -> None:
+        """Load this rank's shards and set up gradients and optimizer. Collective."""
+        dtype = getattr(torch, config.model.dtype)
+        self._config = config
+        self._state = state
+        self._model_dir = model_dir
+        self._spec = read_model_spec(model_dir)
+        models = build_model(
+            self._spec,
+            state,
+            platform,
+            sequence_parallel=config.parallel.sequence_parallel,
+            recompute=config.parallel.recompute,
+            dtype=dtype,
+        )
+        load_hf_weights(models, self._spec, state, model_dir)
+        self._model = make_trainable(models, config.optimizer, dtype, platform)
+        self._head = PolicyHead(
+            state=state,
+            vocab_size=self._spec.vocab_size,
+            temperature=config.rollout.temperature,
+            sequence_parallel=config.parallel.sequence_parallel,
+        )
+        self._num_updates = 0
+
+    def compute_logprobs(self, batches: Sequence[PackedBatch]) -> dict[str, FloatArray]:
+        """log pi of the current weights for the response tokens of `batches`.
+
+        Collective: every rank must call, with equally many batches.
+
+        Args:
+            batches: this data parallel rank's micro-batches, the same on all ranks of its
+                model replica.
+
+        Returns:
+            sample id -> [R] fp32, on tensor rank 0 of the last stage; empty on other ranks.
+        """
+        with torch.no_grad():
+            kept = self._run_schedule(logprob_step(self._head), batches, forward_only=True)
+        if self._state.tensor_rank != 0:
+            return {}
+        return {
+            sample_id: part.cpu().numpy()
+            for sample_ids, lengths, logprobs in kept
+            for sample_id, part in zip(sample_ids, logprobs.split(list(lengths)), strict=True)
+        }
+
+    def update(self, batches: Sequence[PackedBatch], ratio_penalty: float) -> dict[str, float]:
+        """One optimizer step on the global batch that all data parallel ranks' batches make.
+
+        Collective: every rank must call, with equally many batches.
+
+        Args:
+            batches: this data parallel rank's micro-batches.
+            ratio_penalty: lambda of this update.
+
+        Returns:
+            Loss, ratio statistics and gradient norm of the global batch, the same on every rank.
+
+        Raises:
+            FloatingPointError: on every rank alike, before any weight is changed, where the
+                statistics or the gradient are not finite.
+        """
+        algorithm = self._config.algorithm
+        step = policy_step(
+            self._head, OBJECTIVES[algorithm.objective], algorithm.aggregation, ratio_penalty
+        )
+        self._model.zero_gradients()
+        vectors = self._run_schedule(step, batches, forward_only=False)
+        local = torch.stack(vectors) if vectors else torch.zeros(0, VECTOR_LENGTH)
+        statistics = reduce_statistics(local, self._state)
+        if not statistics.is_finite:
+            raise FloatingPointError(f"the update's statistics are not finite: {statistics}")
+        lr = self._learning_rate()
+        gradient_norm = self._model.step(lr)
+        self._num_updates += 1
+        return {
+            **statistics.metrics(),
+            "objective/sum": statistics.objective,
+            "optimizer/gradient_norm": gradient_norm,
+            "optimizer/lr": lr,
+        }
+
+    def hf_weights(self) -> Iterator[tuple[str, Any]]:
+        """Stream of (HF name, whole tensor on rank 0, None elsewhere).
+
+        Collective: every rank must iterate to the end.
+        """
+        return iterate_hf_weights(self._model.chunks, self._spec, self._state)
+
+    def save_hf(self, output_dir: Path) -> None:
+        """Write the current weights as a Hugging Face checkpoint. Collective; rank 0 writes."""
+        weights = self.hf_weights()
+        if self._state.is_writer:
+            save_hf_checkpoint(weights, output_dir, self._model_dir)
+        else:
+            exhaust(weights)
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up from 0, then constant."""
+        warmup = self._config.optimizer.warmup_updates
+        return self._config.optimizer.lr * min(1.0, (self._num_updates + 1) / max(warmup, 1))
+
+    def _run_schedule(
+        self, step: ForwardStep, batches: Sequence[PackedBatch], *, forward_only: bool
+    ) -> list[Any]:
+        """Run Megatron's pipeline schedule; what the last stage kept, one entry per batch."""
+        iterators = [
+            (MicroBatch.of(batch, self._state.device) for batch in batches)
+            for _ in self._model.chunks
+        ]
+        kept: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._model.chunks if len(iterators) > 1 else self._model.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=1,  # unused: lengths vary and travel with the activations
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return kept
+
+
+def exhaust(stream: Iterable[Any]) -> None:
+    """Take part in a collective stream whose items this rank does not need."""
+    for _ in stream:
+        pass

@@ -1,0 +1,255 @@
+"""The learner's rank: the gate at step 0, and the same update whatever the layout.
+
+Every layout takes two R2VPO updates on the same trajectories from the same checkpoint. Log-probs,
+statistics, gradient norm and the weights afterwards must be those of one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from r2vpo_megatron.config import (
+    AlgorithmConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from r2vpo_megatron.data.packing import pack_trajectories
+from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.parallel.state import destroy_parallel, initialize_parallel
+from r2vpo_megatron.records import Trajectory
+from tests.distributed.ranks import run_ranks
+from tests.distributed.tiny_checkpoints import VOCAB_SIZE, save_checkpoint
+
+NUM_TRAJECTORIES = 6
+RATIO_PENALTY = 0.3
+
+LAYOUTS = {
+    "tp2": ParallelConfig(tensor=2),
+    "tp2_sp": ParallelConfig(tensor=2, sequence_parallel=True, recompute="full"),
+    "pp2": ParallelConfig(pipeline=2),
+    "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
+    "dp2": ParallelConfig(data=2),
+    "dp8_empty": ParallelConfig(data=8),  # two ranks have nothing but padding
+}
+
+
+def make_trajectories() -> list[Trajectory]:
+    random = np.random.default_rng(0)
+    return [
+        Trajectory(
+            sample_id=f"sample-{index}",
+            group_id="group",
+            prompt_token_ids=tuple(random.integers(0, VOCAB_SIZE, 3 + index).tolist()),
+            response_token_ids=tuple(random.integers(0, VOCAB_SIZE, 2 + 3 * index).tolist()),
+            behavior_logprobs=random.normal(-5.0, 0.5, 2 + 3 * index).astype(np.float32),
+            rollout_logprobs=np.zeros(2 + 3 * index, dtype=np.float32),
+            reward=0.0,
+            advantage=float(random.normal()),
+            finish_reason="stop",
+            policy_version=0,
+            iteration=1,
+        )
+        for index in range(NUM_TRAJECTORIES)
+    ]
+
+
+def run_config(parallel: ParallelConfig, token_budget: int = 64) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path="unused", dtype="float32"),
+        algorithm=AlgorithmConfig(objective="r2vpo", ratio_penalty=RATIO_PENALTY),
+        optimizer=OptimizerConfig(lr=1e-3, eps=1e-3, max_gradient_norm=0.05),
+        parallel=replace(parallel, max_tokens_per_micro_batch=token_budget),
+    )
+
+
+def learn(
+    rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
+) -> dict[str, Any]:
+    """Fresh ratios, log-probs, the metrics of two updates and the weights after them."""
+    from r2vpo_megatron.learner.megatron_actor import MegatronActor
+
+    platform = get_platform("cpu")
+    state = initialize_parallel(
+        platform,
+        rank=rank,
+        world_size=world_size,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        init_method=init_method,
+    )
+    actor = MegatronActor(config, model_dir, state, platform)
+
+    def pack(trajectories: list[Trajectory]) -> Any:
+        return pack_trajectories(
+            trajectories,
+            max_tokens_per_micro_batch=config.parallel.max_tokens_per_micro_batch,
+            num_data_parallel_ranks=config.parallel.data,
+            pad_to_multiple_of=config.parallel.tensor if config.parallel.sequence_parallel else 1,
+        )[state.data_rank]
+
+    trajectories = make_trajectories()
+    logprobs = actor.compute_logprobs(pack(trajectories))
+    updates = [actor.update(pack(trajectories), RATIO_PENALTY) for _ in range(2)]
+    weights = {
+        name: tensor.detach().clone() for name, tensor in actor.hf_weights() if tensor is not None
+    }
+    destroy_parallel()
+    return {"logprobs": logprobs, "updates": updates, "weights": weights}
+
+
+def merged_logprobs(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: value for result in results for name, value in result["logprobs"].items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    folder = tmp_path_factory.mktemp("pangu")
+    return folder, save_checkpoint("pangu-untied", folder)
+
+
+@pytest.fixture(scope="module")
+def one_rank(checkpoint: tuple[Path, torch.nn.Module]) -> dict[str, Any]:
+    config = run_config(ParallelConfig(), token_budget=1024)  # a single micro-batch
+    return run_ranks(1, learn, config, checkpoint[0])[0]
+
+
+def test_logprobs_equal_transformers(checkpoint, one_rank):
+    model = checkpoint[1].double()
+    for trajectory in make_trajectories():
+        ids = torch.tensor(trajectory.prompt_token_ids + trajectory.response_token_ids)
+        with torch.no_grad():
+            log_softmax = model(ids[None]).logits[0].log_softmax(-1)
+        start = len(trajectory.prompt_token_ids)
+        expected = log_softmax[start - 1 : -1].gather(1, ids[start:, None])[:, 0]
+        ours = one_rank["logprobs"][trajectory.sample_id]
+        np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)
+    model.float()
+
+
+def test_statistics_equal_their_definition(one_rank):
+    """The first update's moments, from its own log-probs in float64."""
+    excess = np.concatenate(
+        [
+            np.expm1(
+                one_rank["logprobs"][trajectory.sample_id].astype(np.float64)
+                - trajectory.behavior_logprobs
+            )
+            for trajectory in make_trajectories()
+        ]
+    )
+    first = one_rank["updates"][0]
+    assert first["ratio/tokens"] == len(excess)
+    assert first["ratio/second_moment"] == pytest.approx(np.mean(excess**2), rel=1e-5)
+    assert first["ratio/variance"] == pytest.approx(np.var(excess), rel=1e-5)
+    assert first["ratio/max"] == pytest.approx(1 + excess.max(), rel=1e-5)
+    assert first["optimizer/gradient_norm"] > 0.05  # so clipping is part of what is compared
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_update_is_the_same_at_any_layout(layout, checkpoint, one_rank):
+    config = run_config(LAYOUTS[layout])
+    results = run_ranks(LAYOUTS[layout].num_ranks, learn, config, checkpoint[0])
+    logprobs = merged_logprobs(results)
+    assert logprobs.keys() == one_rank["logprobs"].keys()
+    for sample_id, expected in one_rank["logprobs"].items():
+        np.testing.assert_allclose(logprobs[sample_id], expected, atol=2e-6, rtol=1e-6)
+    for result in results:  # identical on every rank, and equal to the one rank's
+        assert result["updates"] == results[0]["updates"]
+    for update, expected in zip(results[0]["updates"], one_rank["updates"], strict=True):
+        assert update.keys() == expected.keys()
+        for name, value in expected.items():
+            assert update[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+    assert results[0]["weights"].keys() == one_rank["weights"].keys()
+    for name, expected in one_rank["weights"].items():
+        torch.testing.assert_close(results[0]["weights"][name], expected, rtol=0, atol=2e-6)
+
+
+def first_update_on_fresh_data(
+    rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
+) -> tuple[float, float]:
+    """Largest deviation of a ratio from 1, with the learner's own log-probs as denominator."""
+    from r2vpo_megatron.learner.megatron_actor import MegatronActor
+
+    platform = get_platform("cpu")
+    state = initialize_parallel(
+        platform,
+        rank=rank,
+        world_size=world_size,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        init_method=init_method,
+    )
+    actor = MegatronActor(config, model_dir, state, platform)
+    trajectories = make_trajectories()
+    budget = config.parallel.max_tokens_per_micro_batch
+    batches = pack_trajectories(
+        trajectories, max_tokens_per_micro_batch=budget, num_data_parallel_ranks=1
+    )[0]
+    gathered: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(gathered, actor.compute_logprobs(batches))
+    fresh = {name: value for part in gathered for name, value in part.items()}
+    # Other companions in the micro-batch than when the log-probs were computed.
+    shuffled = [
+        replace(trajectory, behavior_logprobs=fresh[trajectory.sample_id])
+        for trajectory in trajectories[::-2] + trajectories[::2]
+    ]
+    batches = pack_trajectories(
+        shuffled, max_tokens_per_micro_batch=4 * budget, num_data_parallel_ranks=1
+    )[0]
+    update = actor.update(batches, RATIO_PENALTY)
+    destroy_parallel()
+    return max(update["ratio/max"] - 1, 1 - update["ratio/min"]), update["ratio/tokens"]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])
+def test_ratio_is_one_on_fresh_data(layout, checkpoint):
+    config = run_config(LAYOUTS[layout])
+    results = run_ranks(
+        LAYOUTS[layout].num_ranks, first_update_on_fresh_data, config, checkpoint[0]
+    )
+    num_tokens = sum(len(trajectory.response_token_ids) for trajectory in make_trajectories())
+    for deviation, tokens in results:
+        assert tokens == num_tokens
+        assert deviation < 1e-5
+
+
+def update_with_nan(
+    rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
+) -> tuple[str, bool]:
+    from r2vpo_megatron.learner.megatron_actor import MegatronActor
+
+    platform = get_platform("cpu")
+    state = initialize_parallel(
+        platform, rank=rank, world_size=world_size, tensor=2, init_method=init_method
+    )
+    actor = MegatronActor(config, model_dir, state, platform)
+    before = [tensor.clone() for _, tensor in actor.hf_weights() if tensor is not None]
+    poisoned = [replace(trajectory, advantage=math.nan) for trajectory in make_trajectories()]
+    batches = pack_trajectories(
+        poisoned, max_tokens_per_micro_batch=64, num_data_parallel_ranks=1
+    )[0]
+    message = ""
+    try:
+        actor.update(batches, RATIO_PENALTY)
+    except FloatingPointError as error:
+        message = str(error)
+    after = [tensor for _, tensor in actor.hf_weights() if tensor is not None]
+    unchanged = all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    destroy_parallel()
+    return message, unchanged
+
+
+def test_a_nan_changes_no_weight_and_is_named_on_every_rank(checkpoint):
+    results = run_ranks(2, update_with_nan, run_config(LAYOUTS["tp2"]), checkpoint[0])
+    for message, unchanged in results:
+        assert "not finite" in message
+        assert unchanged
