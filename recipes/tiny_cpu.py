@@ -1,0 +1,57 @@
+"""A tiny openPangu-shaped model on one machine's CPU: the whole ring in minutes.
+
+The same parts as on a cluster: Megatron-core ranks with tensor parallelism, vLLM, Ray, replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from r2vpo_megatron.config import (
+    AlgorithmConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ReplayConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    WeightSyncConfig,
+)
+
+
+def r2vpo_off_policy() -> RunConfig:
+    """Algorithm 2: FIFO replay of 4 iterations, uniform mini-batches, UTD 2."""
+    return RunConfig(
+        model=ModelConfig(testbed="pangu", dtype="float32"),
+        rollout=RolloutConfig(
+            max_prompt_tokens=64,
+            max_response_tokens=96,
+            max_num_seqs=256,
+            kv_cache_bytes=64 << 20,
+        ),
+        algorithm=AlgorithmConfig(objective="r2vpo"),
+        replay=ReplayConfig(capacity_iterations=4, update_to_data=2.0),
+        train=TrainConfig(
+            num_iterations=30,
+            prompts_per_iteration=64,
+            responses_per_prompt=8,
+            mini_batch_samples=256,
+        ),
+        optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.0),
+        parallel=ParallelConfig(tensor=2, max_tokens_per_micro_batch=8192),
+        weight_sync=WeightSyncConfig(bucket_bytes=4 << 20),
+        evaluation=EvaluationConfig(every_iterations=5, num_prompts=256),
+    )
+
+
+def r2vpo_on_policy() -> RunConfig:
+    """Algorithm 1: each iteration's responses are used once, in 4 mini-batches, and discarded."""
+    base = r2vpo_off_policy()
+    return replace(
+        base,
+        replay=ReplayConfig(capacity_iterations=1, update_to_data=1.0),
+        train=replace(base.train, mini_batch_samples=base.samples_per_iteration // 4),
+        algorithm=replace(base.algorithm, dual_target=0.01),
+    )
