@@ -1,0 +1,132 @@
+"""Where metrics go: a file of JSON lines always, TensorBoard events if wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+MetricValue = float | int | bool | str | None
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsWriter:
+    """Writes one record per iteration to `metrics.jsonl`, and its numbers to TensorBoard.
+
+    Each record is one line `{"iteration": i, ...}`, on disk when `write` returns, so a crash loses
+    nothing that was written. A resumed run appends; a line torn by a crash is cut off first. JSON
+    knows no NaN or infinity: they are written as the strings "NaN", "Infinity" and "-Infinity",
+    which `read_metrics` turns back.
+
+    Args:
+        run_dir: Folder of the run, made if missing.
+        tensorboard: Also write events to `run_dir/tensorboard`.
+
+    Raises:
+        ModuleNotFoundError: `tensorboard` is wanted and not installed.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool = True) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        _cut_torn_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(run_dir / "tensorboard") if tensorboard else None
+
+    def write(self, iteration: int, metrics: Mapping[str, MetricValue]) -> None:
+        """Append one record.
+
+        Args:
+            iteration: Step on TensorBoard's axis and first key of the line.
+            metrics: Plain Python values; numpy scalars are taken as their Python value.
+        """
+        record = {"iteration": iteration} | {
+            name: _to_plain(value) for name, value in metrics.items()
+        }
+        encoded = {name: _encode(value) for name, value in record.items()}
+        self._file.write(json.dumps(encoded, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if name != "iteration" and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(name, value, iteration)
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Close the files; writing afterwards is an error."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the records that a `MetricsWriter` wrote.
+
+    An iteration that was run again after a resume counts once, with its last record, so that the
+    result is one row per iteration in order. A torn last line is left out.
+
+    Raises:
+        ValueError: another line is not a record.
+    """
+    text = path.read_text(encoding="utf-8")
+    by_iteration: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            iteration = record["iteration"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: not a metrics record (a JSON object with an iteration)"
+            ) from error
+        by_iteration[iteration] = {name: _decode(value) for name, value in record.items()}
+    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+def _to_plain(value: Any) -> MetricValue:
+    # numpy's and torch's scalars; named by what they offer, since neither is imported here.
+    plain: MetricValue = value.item() if hasattr(value, "item") else value
+    return plain
+
+
+def _encode(value: MetricValue) -> MetricValue:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decode(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _open_tensorboard(directory: Path) -> Any:
+    # Imported here: torch takes a second, and the command line must answer before that.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory))
