@@ -1,0 +1,62 @@
+"""Explain: print what a recipe's numbers amount to, without running it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from r2vpo_megatron.cli.command_line import parse_command_line
+from r2vpo_megatron.cli.errors import run_command
+from r2vpo_megatron.config import RunConfig
+
+PROGRAM = "python -m r2vpo_megatron.cli.explain"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(_explain, arguments)
+
+
+def derive_counts(config: RunConfig) -> dict[str, str]:
+    """Every count that follows from the configuration, by what it counts."""
+    train, replay, parallel = config.train, config.replay, config.parallel
+    batch = train.mini_batch_samples
+    updates = config.updates_per_iteration
+    capacity = replay.capacity_iterations
+    most_ages = f"0 to {capacity - 1}, {(capacity - 1) / 2:g} on average" if capacity > 1 else "0"
+    sizes = (
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} "
+        f"x data {parallel.data}"
+    )
+    return {
+        "prompts per iteration": f"{train.prompts_per_iteration}",
+        "responses per iteration": f"{config.samples_per_iteration} "
+        f"({train.responses_per_prompt} per prompt)",
+        "updates per iteration": f"{updates}",
+        "samples per update": f"{batch} ({batch / parallel.data:g} per data parallel rank)",
+        "samples in the full buffer": f"{capacity * config.samples_per_iteration} "
+        f"({capacity} iterations)",
+        "uses of a sample, expected": f"{updates * batch / config.samples_per_iteration:g}",
+        "age of a sample at use": f"{most_ages} (iterations, once the buffer is full)",
+        "iterations, updates in all": f"{train.num_iterations}, {train.num_iterations * updates}",
+        "responses in all": f"{train.num_iterations * config.samples_per_iteration}",
+        "longest sequence": f"{config.max_sequence_tokens} tokens; a micro-batch takes "
+        f"{parallel.max_tokens_per_micro_batch}",
+        "learner ranks": f"{parallel.num_ranks} ({sizes})",
+        "rollout ranks": f"{config.rollout.num_engines * config.rollout.tensor_parallel} "
+        f"({config.rollout.num_engines} engines x tensor {config.rollout.tensor_parallel})",
+    }
+
+
+def _explain(arguments: list[str]) -> int:
+    command = parse_command_line(PROGRAM, "Prints what a recipe's numbers amount to.", arguments)
+    counts = derive_counts(command.config)
+    width = max(map(len, counts))
+    print(command.recipe)
+    for name, value in counts.items():
+        print(f"  {name:{width}}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

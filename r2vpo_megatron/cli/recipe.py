@@ -1,0 +1,93 @@
+"""Recipes: `FILE.py:function`, where the function returns a RunConfig."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from r2vpo_megatron.config import RunConfig
+
+
+def load_recipe(name: str) -> RunConfig:
+    """Call the function that `FILE.py:function` names.
+
+    Raises:
+        ValueError: no such file or function, or the recipe fails or returns something else.
+    """
+    file_name, _, function_name = name.partition(":")
+    path = Path(file_name)
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"recipe {name!r}: no such file {file_name!r}; {_describe_files(path)}")
+    module = _import_file(path)
+    functions = _list_functions(module)
+    if function_name not in functions:
+        nearest = difflib.get_close_matches(function_name, functions, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        problem = f"no function {function_name!r}" if function_name else "no function named"
+        raise ValueError(
+            f"recipe {name!r}: {problem}; {hint}{file_name} has: "
+            f"{', '.join(functions) or 'none (a recipe is a function without parameters)'}"
+        )
+    config = _call(module, function_name, path)
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"recipe {name!r} returned {type(config).__name__}, must be a RunConfig")
+    return config
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    # As the import system does: dataclasses defined in the recipe look themselves up here.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a recipe is the user's code and may raise anything
+        raise _recipe_failed(error, path) from error
+    return module
+
+
+def _call(module: ModuleType, function_name: str, path: Path) -> object:
+    try:
+        return getattr(module, function_name)()
+    except Exception as error:  # likewise
+        raise _recipe_failed(error, path) from error
+
+
+def _recipe_failed(error: Exception, path: Path) -> ValueError:
+    """Name the recipe's own line, which is where the user can do something."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == path.absolute() or frame.filename == str(path)
+    ]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    where = f"{path}:{line}" if line else str(path)
+    what = error.msg if isinstance(error, SyntaxError) else str(error)
+    return ValueError(f"{where}: {type(error).__name__}: {what}")
+
+
+def _list_functions(module: ModuleType) -> list[str]:
+    """Functions defined in the file itself that can be called without arguments."""
+    return [
+        name
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__
+        and not name.startswith("_")
+        and all(
+            parameter.default is not parameter.empty
+            for parameter in inspect.signature(function).parameters.values()
+        )
+    ]
+
+
+def _describe_files(path: Path) -> str:
+    """Name the recipe files beside the one that is missing."""
+    folder = path.parent if path.parent.is_dir() else Path("recipes")
+    files = sorted(str(file) for file in folder.glob("*.py") if not file.name.startswith("_"))
+    return f"there are: {', '.join(files)}" if files else "a recipe is FILE.py:function"

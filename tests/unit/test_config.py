@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from r2vpo_megatron.config import (
+    AlgorithmConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ReplayConfig,
+    RolloutConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainConfig,
+    WeightSyncConfig,
+)
+from recipes.tiny_cpu import r2vpo_off_policy, r2vpo_on_policy
+
+
+def make_config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(testbed="pangu"),
+        rollout=RolloutConfig(max_prompt_tokens=10, max_response_tokens=20),
+        train=TrainConfig(prompts_per_iteration=6, responses_per_prompt=4, mini_batch_samples=16),
+        replay=ReplayConfig(capacity_iterations=4, update_to_data=2.0),
+        parallel=ParallelConfig(tensor=2, context=3, data=4, max_tokens_per_micro_batch=30),
+    )
+
+
+def test_derived_counts() -> None:
+    config = make_config()
+    assert config.samples_per_iteration == 24
+    assert config.updates_per_iteration == 3  # 2 x 24 / 16
+    assert config.max_sequence_tokens == 30
+    assert config.parallel.num_ranks == 24
+    config.validate()
+
+
+def test_both_algorithms_of_the_paper() -> None:
+    off_policy, on_policy = r2vpo_off_policy(), r2vpo_on_policy()
+    off_policy.validate()
+    on_policy.validate()
+    assert off_policy.replay == ReplayConfig(capacity_iterations=4, update_to_data=2.0)
+    # Algorithm 1: every response used once, in 4 mini-batches, then discarded.
+    assert on_policy.replay == ReplayConfig(capacity_iterations=1, update_to_data=1.0)
+    assert on_policy.updates_per_iteration == 4
+    assert on_policy.train.mini_batch_samples * 4 == on_policy.samples_per_iteration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": TrainConfig(mini_batch_samples=7)}, "train.mini_batch_samples = 7 .* = 2048"),
+        (
+            {"replay": ReplayConfig(capacity_iterations=1, update_to_data=2.0)},
+            r"replay.update_to_data = 2.0 .* at most replay.capacity_iterations \(1\)",
+        ),
+        (
+            {"parallel": ParallelConfig(max_tokens_per_micro_batch=29)},
+            "max_tokens_per_micro_batch = 29 .* = 30",
+        ),
+        ({"model": ModelConfig()}, "model.path = '' .*exactly one"),
+        ({"model": ModelConfig(path="a", testbed="llama")}, "model.path = 'a' .*exactly one"),
+        ({"model": ModelConfig(path="a")}, "data.train_prompts = ''"),
+    ],
+)
+def test_what_spans_sections_is_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(make_config(), **changes).validate()
+
+
+def test_a_value_at_its_limit_is_valid() -> None:
+    replace(
+        make_config(), replay=ReplayConfig(capacity_iterations=2, update_to_data=2.0)
+    ).validate()
+    replace(
+        make_config(),
+        replay=ReplayConfig(capacity_iterations=1, update_to_data=2.0, with_replacement=True),
+    ).validate()
+    replace(
+        make_config(), model=ModelConfig(path="a"), data=DataConfig(train_prompts="p.jsonl")
+    ).validate()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (ModelConfig, {"testbed": "gpt"}, "model.testbed = 'gpt' .*'pangu', 'qwen2', 'llama'"),
+        (ModelConfig, {"dtype": "fp8"}, "model.dtype = 'fp8' .*'float32', 'bfloat16'"),
+        (RolloutConfig, {"num_engines": 0}, "rollout.num_engines = 0"),
+        (RolloutConfig, {"max_response_tokens": 0}, "rollout.max_response_tokens = 0"),
+        (RolloutConfig, {"temperature": 0.0}, "rollout.temperature = 0.0 .*above 0"),
+        (RolloutConfig, {"top_p": 0.9}, "rollout.top_p = 0.9 .*1.0 in training"),
+        (RolloutConfig, {"top_k": 5}, "rollout.top_k = 5 .*0 .off. in training"),
+        (AlgorithmConfig, {"advantage": "gae"}, "algorithm.advantage = 'gae'"),
+        (AlgorithmConfig, {"dual_controller": "x"}, "algorithm.dual_controller = 'x' .*'paper'"),
+        (AlgorithmConfig, {"ratio_penalty": -0.1}, "algorithm.ratio_penalty = -0.1"),
+        (AlgorithmConfig, {"dual_target": 0.0}, "algorithm.dual_target = 0.0"),
+        (AlgorithmConfig, {"ratio_penalty_min": 1e4}, "algorithm.ratio_penalty_min = 10000.0"),
+        (ReplayConfig, {"capacity_iterations": 0}, "replay.capacity_iterations = 0"),
+        (ReplayConfig, {"update_to_data": 0.0}, "replay.update_to_data = 0.0"),
+        (TrainConfig, {"num_iterations": 0}, "train.num_iterations = 0"),
+        (TrainConfig, {"responses_per_prompt": 1}, "train.responses_per_prompt = 1 .*at least 2"),
+        (OptimizerConfig, {"lr": -1.0}, "optimizer.lr = -1.0"),
+        (OptimizerConfig, {"max_gradient_norm": -1.0}, "optimizer.max_gradient_norm = -1.0"),
+        (ParallelConfig, {"pipeline": 0}, "parallel.pipeline = 0"),
+        (ParallelConfig, {"recompute": "some"}, "parallel.recompute = 'some'"),
+        (WeightSyncConfig, {"bucket_bytes": 0}, "weight_sync.bucket_bytes = 0"),
+        (EvaluationConfig, {"num_prompts": 0}, "evaluation.num_prompts = 0"),
+        (RuntimeConfig, {"device": "tpu"}, "runtime.device = 'tpu' .*'auto', 'cpu'"),
+    ],
+)
+def test_each_section_checks_its_own_fields(
+    section: type, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        section(**values)
+
+
+def test_to_dict_is_plain_and_complete() -> None:
+    as_dict = make_config().to_dict()
+    assert as_dict["rollout"]["max_response_tokens"] == 20
+    assert as_dict["model"] == {"path": "", "testbed": "pangu", "dtype": "bfloat16"}
+    assert list(as_dict) == list(RunConfig.__dataclass_fields__)
