@@ -1,0 +1,1 @@
+"""The learner's ranks: log-probs, policy updates and weight export on Megatron-core."""

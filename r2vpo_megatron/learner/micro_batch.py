@@ -57,7 +57,7 @@ class MicroBatch:
         return cls(
             token_ids=move(batch.token_ids).unsqueeze(0),
             position_ids=move(batch.position_ids).unsqueeze(0),
-            packed_sequences=pack_sequences(batch.cumulative_lengths, device),
+            packed_sequences=pack_sequences(batch.cumulative_lengths.tolist(), device),
             response_positions=move(np.flatnonzero(mask)),
             target_ids=move(batch.target_ids[mask]),
             tokens=tokens,
