@@ -1,0 +1,1 @@
+"""Accuracy of a policy on prompts it is not trained on."""

@@ -1,0 +1,129 @@
+"""Ray actors: a learner rank and a rollout engine. They forward calls and hold no logic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.orchestration.cluster import free_tcp_address
+from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest, PackedBatch
+from r2vpo_megatron.rollout.sampling import SamplingSettings
+from r2vpo_megatron.weight_sync import BACKENDS
+from r2vpo_megatron.weight_sync.protocol import WeightBucket
+
+
+class LearnerWorker:
+    """One Megatron rank in its own process."""
+
+    def __init__(self, config: RunConfig, model_dir: Path, rank: int) -> None:
+        """Remember what `start` needs; nothing heavy is imported yet."""
+        self._config, self._model_dir, self._rank = config, model_dir, rank
+        self._buckets: Iterator[WeightBucket] = iter(())
+
+    def rendezvous_address(self) -> str:
+        """A free address on this rank's node."""
+        return free_tcp_address()
+
+    def start(self, init_method: str) -> dict[str, int]:
+        """Join the learner's process group and build the model. Collective."""
+        import torch
+
+        from r2vpo_megatron.device import get_platform
+
+        parallel, runtime = self._config.parallel, self._config.runtime
+        platform = get_platform(runtime.device)
+        platform.prepare()
+        torch.set_num_threads(parallel.threads_per_rank)
+
+        from r2vpo_megatron.learner.megatron_actor import MegatronActor
+        from r2vpo_megatron.parallel.state import initialize_parallel
+
+        state = initialize_parallel(
+            platform,
+            rank=self._rank,
+            world_size=parallel.num_ranks,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            context=parallel.context,
+            init_method=init_method,
+            timeout_seconds=runtime.timeout_seconds,
+        )
+        platform.seed(self._config.train.seed)
+        self._actor = MegatronActor(self._config, self._model_dir, state, platform)
+        self._sender = BACKENDS[self._config.weight_sync.backend](
+            self._config.weight_sync.bucket_bytes
+        )
+        return {"data_rank": state.data_rank}
+
+    def compute_logprobs(self, batches: Sequence[PackedBatch]) -> dict[str, FloatArray]:
+        """See MegatronActor.compute_logprobs."""
+        return self._actor.compute_logprobs(batches)
+
+    def update(self, batches: Sequence[PackedBatch], ratio_penalty: float) -> dict[str, float]:
+        """See MegatronActor.update."""
+        return self._actor.update(batches, ratio_penalty)
+
+    def save_hf(self, output_dir: Path) -> None:
+        """See MegatronActor.save_hf."""
+        self._actor.save_hf(output_dir)
+
+    def open_weight_push(self, version: int) -> None:
+        """On rank 0: get ready to hand out buckets."""
+        self._buckets = self._sender.buckets(version, self._actor.hf_weights())
+
+    def next_weight_bucket(self) -> WeightBucket | None:
+        """On rank 0: the next bucket, freeing the one before; None at the end."""
+        return next(self._buckets, None)
+
+    def close_weight_push(self) -> tuple[int, dict[str, float]]:
+        """On rank 0: checksum and metrics of the push."""
+        checksum, metrics = self._sender.push_checksum, self._sender.metrics()
+        self._sender.close()
+        return checksum, metrics
+
+    def join_weight_push(self) -> None:
+        """On the other ranks: take part in gathering the weights."""
+        from r2vpo_megatron.learner.megatron_actor import exhaust
+
+        exhaust(self._actor.hf_weights())
+
+
+class RolloutWorker:
+    """One vLLM engine in its own process."""
+
+    def __init__(self, config: RunConfig, model_dir: Path, engine_index: int) -> None:
+        """Remember what `start` needs; vLLM is imported there."""
+        self._config, self._model_dir, self._index = config, model_dir, engine_index
+
+    def start(self) -> None:
+        """Load the checkpoint into the engine."""
+        from r2vpo_megatron.device import get_platform
+        from r2vpo_megatron.rollout.vllm_engine import VLLMEngine
+
+        rollout = self._config.rollout
+        self._engine = VLLMEngine(
+            self._model_dir,
+            dtype=self._config.model.dtype,
+            max_model_len=self._config.max_sequence_tokens,
+            kv_cache_bytes=rollout.kv_cache_bytes,
+            max_num_seqs=rollout.max_num_seqs,
+            tensor_parallel=rollout.tensor_parallel,
+            seed=self._config.train.seed,
+            device_name=get_platform(self._config.runtime.device).name,
+        )
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> list[Generation]:
+        """See RolloutEngine.generate."""
+        return self._engine.generate(requests, sampling)
+
+    def weight_update(self, method: str, *args: Any) -> dict[str, float]:
+        """One of the engine's weight update calls; its metrics, if any."""
+        return getattr(self._engine, method)(*args) or {}
+
+    def stop(self) -> None:
+        """End the engine's own processes."""
+        self._engine.shutdown()

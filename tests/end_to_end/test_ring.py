@@ -1,0 +1,209 @@
+"""The whole ring as a user runs it: driver, Ray, two Megatron ranks, a vLLM engine.
+
+Each test starts the command line in a process of its own, marked by an environment variable
+that all its descendants inherit, and afterwards looks for any process with that mark and for new
+shared-memory segments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from r2vpo_megatron.testbed.tiny_model import make_tiny_model
+
+REPO = Path(__file__).resolve().parents[2]
+MARK = "R2VPO_TEST_MARK"
+SMALL = {
+    "train.num-iterations": "2",
+    "train.prompts-per-iteration": "6",
+    "train.responses-per-prompt": "4",
+    "train.mini-batch-samples": "12",
+    "rollout.max-response-tokens": "12",
+    "rollout.max-num-seqs": "32",
+    "rollout.kv-cache-bytes": str(16 << 20),
+    "evaluation.num-prompts": "4",
+    "evaluation.every-iterations": "1",
+    "weight-sync.bucket-bytes": str(1 << 20),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "pangu"
+    make_tiny_model(folder, "pangu", warm_start=False)
+    return folder
+
+
+@dataclass
+class Run:
+    """A command line run under way, and what must be gone when it ends."""
+
+    command: list[str]
+    folder: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.segments_before = set(os.listdir("/dev/shm"))
+        self.output = (self.folder / "output.txt").open("w+")
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=REPO,
+            env={**os.environ, MARK: self.mark},
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # as a terminal does: Ctrl-C reaches this group alone
+        )
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def wait_for(self, text: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.text():
+            assert self.process.poll() is None, f"ended before {text!r}:\n{self.text()}"
+            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s:\n{self.text()}"
+            time.sleep(0.1)
+
+    def assert_nothing_left(self, seconds: float = 30.0) -> None:
+        """Ray's daemons may take a moment to go once the driver has."""
+        deadline = time.monotonic() + seconds
+        while left := (
+            list(marked_processes(self.mark).items()) + orphaned_segments(self.segments_before)
+        ):
+            assert time.monotonic() < deadline, f"still there: {left}"
+            time.sleep(0.2)
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Live processes whose environment holds the mark, zombies not counted."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode()[:200]
+        except OSError:
+            continue  # it ended meanwhile, or is a zombie or another user's
+    return found
+
+
+def orphaned_segments(known: set[str]) -> list[str]:
+    """New segments in /dev/shm that no live process has mapped; others' may come and go."""
+    new = set(os.listdir("/dev/shm")) - known
+    for maps in Path("/proc").glob("[0-9]*/maps") if new else ():
+        try:
+            text = maps.read_text()
+        except OSError:
+            continue  # it ended meanwhile
+        new -= {name for name in new if f"/dev/shm/{name}\n" in text}
+    return sorted(new)
+
+
+@pytest.fixture
+def start(tiny_model: Path, tmp_path: Path) -> Iterator:
+    runs: list[Run] = []
+
+    def start_run(recipe: str, **overrides: str) -> Run:
+        fields = {
+            **SMALL,
+            "model.testbed": "",
+            "model.path": str(tiny_model),
+            "data.train-prompts": str(tiny_model / "train.jsonl"),
+            "data.held-out-prompts": str(tiny_model / "held_out.jsonl"),
+            "data.reward": "tests.end_to_end.parity_reward:reward",
+            "output.dir": str(tmp_path),
+            "output.run-name": "run",
+            **overrides,
+        }
+        arguments = [part for name, value in fields.items() for part in (f"--{name}", value)]
+        command = [sys.executable, "-m", "r2vpo_megatron.cli.train"]
+        runs.append(Run([*command, f"recipes/tiny_cpu.py:{recipe}", *arguments], tmp_path))
+        return runs[-1]
+
+    yield start_run
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait()
+        for pid in marked_processes(run.mark):
+            os.kill(pid, signal.SIGKILL)
+        run.output.close()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "updates", "age"), [("r2vpo_off_policy", 4, 0.5), ("r2vpo_on_policy", 2, 0.0)]
+)
+def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
+    run = start(recipe)
+    code = run.process.wait(timeout=240)
+    assert code == 0, run.text()
+    run.assert_nothing_left()
+    folder = tmp_path / "run"
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    for line in lines[1:]:
+        assert line["updates/num"] == updates
+        assert line["logprob_gap/mean"] < 0.02
+        assert line["logprob_gap/max"] < 1e-3  # fp32 on both sides
+        assert line["evaluation/accuracy"] >= 0
+        assert line["response/max_tokens"] <= 12
+        assert line["weight_sync/num_tensors"] == 3 + 4 * 13
+    assert lines[2]["replay/age_mean"] == age
+    # Nothing was updated between sampling and the first update: the gate at step 0 held, and
+    # what moved the ratio since is the updates.
+    assert lines[1]["ratio/max"] < 10
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["train"]["num_iterations"] == 2
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert_final_weights(folder / "hf", tiny_model)
+
+
+def assert_final_weights(final: Path, initial: Path) -> None:
+    """The exported model opens in transformers and has been trained: every matrix moved."""
+    from transformers import AutoModelForCausalLM
+
+    from r2vpo_megatron.models.pangu_hf import register_with_transformers
+
+    register_with_transformers()
+    before = dict(AutoModelForCausalLM.from_pretrained(initial).named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained(final).named_parameters())
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if name.endswith("proj.weight")} <= moved
+    assert all(torch.isfinite(parameter).all() for parameter in after.values())
+
+
+def test_ctrl_c_leaves_nothing(start, tmp_path):
+    run = start("r2vpo_off_policy", **{"train.num-iterations": "1000"})
+    run.wait_for("iteration 1/1000", seconds=240)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.process.wait(timeout=60) == 130, run.text()
+    run.assert_nothing_left()
+    assert "Traceback" not in run.text()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
+
+
+def test_an_exception_in_a_worker_ends_the_run(start):
+    # Weights become infinite with the first update; the second must be refused by the learner.
+    run = start("r2vpo_off_policy", **{"optimizer.lr": "1e38"})
+    assert run.process.wait(timeout=240) == 1, run.text()
+    assert "not finite" in run.text()
+    run.assert_nothing_left()
