@@ -1,0 +1,1 @@
+"""The grid of ranks, its reductions, and the vocabulary-parallel LM head."""

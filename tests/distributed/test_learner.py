@@ -234,9 +234,9 @@ def update_with_nan(
     actor = MegatronActor(config, model_dir, state, platform)
     before = [tensor.clone() for _, tensor in actor.hf_weights() if tensor is not None]
     poisoned = [replace(trajectory, advantage=math.nan) for trajectory in make_trajectories()]
-    batches = pack_trajectories(
-        poisoned, max_tokens_per_micro_batch=64, num_data_parallel_ranks=1
-    )[0]
+    batches = pack_trajectories(poisoned, max_tokens_per_micro_batch=64, num_data_parallel_ranks=1)[
+        0
+    ]
     message = ""
     try:
         actor.update(batches, RATIO_PENALTY)
