@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         ValueError: naming the field, file or line at fault, and what is valid.
     """
     config.validate()
+    _require_packages(config)
     require_choice("algorithm.objective", config.algorithm.objective, OBJECTIVES)
     require_choice("weight_sync.backend", config.weight_sync.backend, BACKENDS)
     load_reward(config.data.reward)
@@ -110,6 +112,14 @@ def read_inputs(config: RunConfig) -> Inputs:
 
     held_out = read_prompts(held_out_path)[: config.evaluation.num_prompts] if held_out_path else []
     return Inputs(model_dir, tokenizer, read_prompts(train_path), held_out)
+
+
+def _require_packages(config: RunConfig) -> None:
+    """Fail now, and not after hours, where a package that the run will need is missing."""
+    packages = ["vllm", "matplotlib", *(["tensorboard"] if config.output.tensorboard else [])]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 @contextmanager
