@@ -12,9 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from r2vpo_megatron.models.architecture import HfNames
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -124,11 +127,12 @@ def save_hf_checkpoint(
     output_dir: str | Path,
     reference_dir: str | Path,
     max_shard_bytes: int = 5 * 1024**3,
-    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",),
+    ignored_suffixes: tuple[str, ...] = HfNames.ignored_suffixes,
 ) -> None:
     """Write a Hugging Face checkpoint folder; it appears whole or not at all.
 
-    config.json, tokenizer, generation config and chat template are the reference's, unchanged.
+    config.json, tokenizer, generation config and chat template are the reference's, unchanged,
+    except that config.json states the dtype of `tensors` if their floating-point ones share one.
     Tensors of the reference with an ignored suffix, which the stream lacks since they are not
     learned, are copied, so that the folder has exactly the reference's tensors.
 
@@ -150,9 +154,12 @@ def save_hf_checkpoint(
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     try:
-        stream = _with_ignored(tensors, reference, ignored_suffixes)
+        dtypes: set[torch.dtype] = set()
+        stream = _with_ignored(_noting_dtypes(tensors, dtypes), reference, ignored_suffixes)
         _write_shards(stream, temporary, max_shard_bytes)
         _copy_companions(reference, temporary)
+        if len(dtypes) == 1:
+            _state_dtype(temporary / "config.json", str(dtypes.pop()).removeprefix("torch."))
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         if output.exists():
             output.rmdir()
@@ -166,6 +173,16 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def _noting_dtypes(
+    tensors: Iterable[tuple[str, Tensor | None]], dtypes: set[torch.dtype]
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Pass the stream on and add the dtypes of its floating-point tensors to `dtypes`."""
+    for name, tensor in tensors:
+        if tensor is not None and tensor.is_floating_point():
+            dtypes.add(tensor.dtype)
+        yield name, tensor
 
 
 def _with_ignored(
@@ -239,3 +256,14 @@ def _copy_companions(reference: Path, folder: Path) -> None:
     for path in paths:
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+
+
+def _state_dtype(config_path: Path, dtype: str) -> None:
+    """Correct config.json's dtype: loaders that follow it would cast the weights."""
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if all(config.get(key) == dtype for key in keys):
+        return
+    config.update(dict.fromkeys(keys, dtype))
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    config_path.write_text(text, encoding="utf-8")

@@ -26,7 +26,6 @@ def pack_trajectories(
     max_tokens_per_micro_batch: int,
     num_data_parallel_ranks: int,
     pad_to_multiple_of: int = 1,
-    num_micro_batches_multiple_of: int = 1,
 ) -> list[list[PackedBatch]]:
     """Split the samples of one optimizer step into micro-batches for all data-parallel ranks.
 
@@ -39,8 +38,6 @@ def pack_trajectories(
         num_data_parallel_ranks: Ranks to serve.
         pad_to_multiple_of: A micro-batch is padded to a multiple of this, for sequence
             parallelism.
-        num_micro_batches_multiple_of: Micro-batches per rank are a multiple of this, for
-            interleaved pipeline schedules.
 
     Returns:
         [rank][micro-batch]. Micro-batches of the same index are of similar size on all ranks. With
@@ -54,7 +51,6 @@ def pack_trajectories(
         "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
         "num_data_parallel_ranks": num_data_parallel_ranks,
         "pad_to_multiple_of": pad_to_multiple_of,
-        "num_micro_batches_multiple_of": num_micro_batches_multiple_of,
     }
     for name, value in settings.items():
         if value < 1:
@@ -71,7 +67,7 @@ def pack_trajectories(
     bins = partition_balanced(
         [sample.num_tokens for sample in ordered],
         capacity=budget,
-        num_bins_multiple_of=num_data_parallel_ranks * num_micro_batches_multiple_of,
+        num_bins_multiple_of=num_data_parallel_ranks,
     )
     loads = [sum(ordered[index].num_tokens for index in members) for members in bins]
     return [

@@ -221,11 +221,6 @@ class PromptStream(Generic[PromptT]):
             self._position = end
         return batch
 
-    def __iter__(self) -> Iterator[list[PromptT]]:
-        """Yield batches without end."""
-        while True:
-            yield self.next_batch()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor, in JSON types, and what it is only valid for."""
         return {

@@ -52,8 +52,8 @@ class CpuPlatform(Platform):
             return
         if torch.cuda.is_available():
             raise RuntimeError(
-                "platform cpu: this machine has a CUDA device; hide it with "
-                "CUDA_VISIBLE_DEVICES= or use the platform cuda"
+                "platform cpu: this process sees a CUDA device, which Megatron-core would take; "
+                "start it with CUDA_VISIBLE_DEVICES set to nothing, or use --runtime.device cuda"
             )
         if "megatron.core.tensor_parallel" in sys.modules:
             raise RuntimeError("platform cpu: prepare() must run before megatron is imported")

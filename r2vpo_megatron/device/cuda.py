@@ -26,7 +26,7 @@ class CudaPlatform(Platform):
         if not torch.cuda.is_available():
             raise RuntimeError(
                 "platform cuda: no CUDA device or a torch built without CUDA; "
-                "use --platform cpu, or install a CUDA build of torch"
+                "use --runtime.device cpu, or install a CUDA build of torch"
             )
 
     def torch_device(self, local_rank: int) -> torch.device:

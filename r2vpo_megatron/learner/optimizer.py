@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,21 @@ class TrainableModel:
         """Clip, update, and return the global gradient norm before clipping.
 
         Collective: every rank must call, after gradients are finalised.
+
+        Raises:
+            FloatingPointError: the norm is not finite; on every rank, and no weight is changed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.platform.optimizer_context():
-            _, gradient_norm, _ = self.optimizer.step()
-        return float(gradient_norm)
+            # Optimizer.step would go on with a norm that is not finite: without a loss scaler
+            # Megatron does not look at it.
+            self.optimizer.prepare_grads()
+            gradient_norm = float(self.optimizer.get_grad_norm())
+            if not math.isfinite(gradient_norm):
+                raise FloatingPointError(f"the gradient norm is not finite: {gradient_norm}")
+            self.optimizer.step()
+        return gradient_norm
 
 
 def make_trainable(

@@ -1,7 +1,11 @@
 """The language-model head: hidden states -> log-probs of given tokens, vocabulary parallel.
 
 No tensor of size [tokens, vocabulary] exists: tokens are taken in chunks, the logits of a chunk
-are made in fp32, reduced to a few numbers per token and dropped, and made again in backward.
+are made, reduced to a few numbers per token and dropped, and made again in backward.
+
+With bf16 hidden states and weights the products with the weight are rounded to bf16, as in vLLM
+and transformers; everything after the logits, and the sum of the weight's gradient over the
+chunks, is fp32.
 
 Shape legend: N tokens, C tokens of a chunk, H hidden size, V vocabulary columns of this rank.
 """
@@ -155,7 +159,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     ) -> Any:
         hidden_NH, weight_VH, targets_N, log_normalizer_N, entropy_N = ctx.saved_tensors
         grad_hidden_NH = torch.empty_like(hidden_NH)
-        grad_weight_VH = torch.zeros_like(weight_VH)
+        # fp32: rounding the running sum to bf16 at every chunk adds an error per chunk.
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         if grad_logprobs_N is None:
             grad_logprobs_N = torch.zeros_like(log_normalizer_N)
         for start in range(0, len(targets_N), ctx.chunk_tokens):
@@ -173,5 +178,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             grad_logits_CV.scatter_add_(1, columns_C.unsqueeze(1), at_target_C.unsqueeze(1))
             grad_logits_CV = grad_logits_CV.mul_(ctx.scale).to(hidden_NH.dtype)
             torch.matmul(grad_logits_CV, weight_VH, out=grad_hidden_NH[chunk])
-            grad_weight_VH.addmm_(grad_logits_CV.t(), hidden_NH[chunk])
-        return grad_hidden_NH, grad_weight_VH, None, None, None, None, None
+            if weight_VH.dtype == torch.float32:
+                grad_weight_VH.addmm_(grad_logits_CV.t(), hidden_NH[chunk])
+            else:
+                grad_weight_VH.add_(grad_logits_CV.t() @ hidden_NH[chunk])
+        return grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from r2vpo_megatron.replay.buffer import ReplayBuffer, UpdateSchedule
+from r2vpo_megatron.replay.buffer import ReplayBuffer
 
-__all__ = ["ReplayBuffer", "UpdateSchedule"]
+__all__ = ["ReplayBuffer"]

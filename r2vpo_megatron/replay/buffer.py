@@ -1,4 +1,4 @@
-"""FIFO replay of the last iterations, and how many updates they are worth.
+"""FIFO replay of the last iterations.
 
 R2VPO's off-policy regime (arXiv 2601.03320, Algorithm 2) trains on samples of the last few
 iterations. Each keeps the log-probs of the policy that sampled it; nothing here changes them.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -121,11 +120,6 @@ class ReplayBuffer:
         self._last_draw_ages = tuple(newest - sample.iteration for sample in drawn)
         return drawn
 
-    def clear(self) -> None:
-        """Evict everything; random state and accounting go on."""
-        for iteration in list(self._entries):
-            self._evict(iteration)
-
     def metrics(self) -> dict[str, float]:
         """Return the accounting of uses.
 
@@ -194,44 +188,6 @@ class ReplayBuffer:
         self._totals.evicted += len(entries)
         self._totals.evicted_uses += sum(entry.num_uses for entry in entries)
         self._totals.evicted_unused += sum(entry.num_uses == 0 for entry in entries)
-
-
-class UpdateSchedule:
-    """How many mini-batches make up a given update-to-data ratio; remainders carry over."""
-
-    def __init__(self, utd: Fraction | int | str, batch_size: int) -> None:
-        """Start without a remainder.
-
-        Args:
-            utd: Samples trained on per sample generated; a rational ("3/2") keeps it exact.
-            batch_size: Samples of one optimizer step.
-        """
-        invalid = ValueError(f"utd: {utd!r}; valid: a positive rational such as 2 or 3/2")
-        try:
-            self._utd = Fraction(utd)
-        except (ValueError, ZeroDivisionError) as error:
-            raise invalid from error
-        if self._utd <= 0:
-            raise invalid
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size}; valid: 1 or more")
-        self._batch_size = batch_size
-        self._credit = Fraction(0)  # samples owed, less than one mini-batch
-
-    def num_updates(self, num_generated: int) -> int:
-        """Return the mini-batches to train on now that `num_generated` samples have come in."""
-        self._credit += self._utd * num_generated
-        updates = self._credit // self._batch_size
-        self._credit -= updates * self._batch_size
-        return int(updates)
-
-    def state_dict(self) -> dict[str, str]:
-        """Return the remainder, exactly."""
-        return {"credit": str(self._credit)}
-
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        """Continue with a saved remainder."""
-        self._credit = Fraction(state["credit"])
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -17,7 +17,7 @@ def group_advantages(rewards: Sequence[float], *, normalize_by_std: bool = True)
         normalize_by_std: whether to divide by the group's (population) standard deviation.
 
     Returns:
-        [G] advantages; all 0 where the rewards are all equal.
+        [G] advantages; exactly 0 where the rewards are all equal.
 
     Raises:
         ValueError: for an empty group or a reward that is not finite.
@@ -25,6 +25,9 @@ def group_advantages(rewards: Sequence[float], *, normalize_by_std: bool = True)
     values = np.asarray(rewards, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"rewards = {list(rewards)} of a group: need at least one, all finite")
+    # Relative to the first reward, equal rewards are zeros; the rounding of a mean of other equal
+    # numbers, divided by STD_OFFSET, would make an advantage of nothing.
+    values = values - values[0]
     centered = values - values.mean()
     if normalize_by_std:
         centered = centered / (values.std() + STD_OFFSET)

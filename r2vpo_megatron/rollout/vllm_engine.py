@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from r2vpo_megatron.models import ARCHITECTURES
+from r2vpo_megatron.models.spec import read_model_spec
 from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest
 from r2vpo_megatron.rollout.engine import WeightBucket, WeightUpdateError, WeightUpdateTracker
 from r2vpo_megatron.rollout.pangu_plugin import register_openpangu
@@ -78,25 +79,67 @@ def _platform_arguments(device_name: str) -> dict[str, Any]:
     return _for_device(by_device, device_name)
 
 
-def checkpoint_tensor_names(model_dir: Path) -> frozenset[str] | None:
+def engine_arguments(
+    model_dir: Path,
+    *,
+    dtype: str,
+    max_model_len: int,
+    kv_cache_bytes: int,
+    memory_fraction: float | None,
+    max_num_seqs: int,
+    tensor_parallel: int,
+    seed: int,
+    device_name: str,
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`; those of `VLLMEngine` have the same meaning here.
+
+    Raises:
+        ValueError: the device name is unknown.
+    """
+    if device_name == "cpu":
+        memory: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_bytes}
+    else:
+        # A fixed KV cache would make vLLM ignore the fraction.
+        memory = {} if memory_fraction is None else {"gpu_memory_utilization": memory_fraction}
+    return {
+        "model": str(model_dir),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # ignore sampling defaults and stop ids of the checkpoint
+        "tensor_parallel_size": tensor_parallel,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "use_tqdm_on_load": False,
+        "enable_prefix_caching": True,  # the responses of a group share their prompt
+        "logprobs_mode": "processed_logprobs",  # the default is before temperature
+        "worker_extension_cls": WORKER_EXTENSION,
+        **memory,
+        **_platform_arguments(device_name),
+    }
+
+
+def checkpoint_tensor_names(model_dir: Path) -> frozenset[str]:
     """Names of the tensors that a push to a model of this checkpoint must bring.
 
-    Left out are what is no weight (rotary_emb.inv_freq) and a tied output layer, which some
-    checkpoints write twice. None when the folder holds no safetensors file.
-    """
-    from safetensors import safe_open
+    Left out are what is computed rather than learned and a tied output layer, which some
+    checkpoints write twice.
 
-    names: set[str] = set()
-    for path in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-    tied = json.loads((model_dir / "config.json").read_text()).get("tie_word_embeddings", False)
-    kept = (
-        name
-        for name in names
-        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
-    )
-    return frozenset(kept) or None
+    Raises:
+        ValueError: the folder is no whole safetensors checkpoint of a known architecture.
+    """
+    # Loads torch, which must not happen before the environment is set.
+    from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
+
+    spec = read_model_spec(model_dir)
+    names = ARCHITECTURES[spec.architecture].names
+    with CheckpointReader(model_dir) as reader:
+        return frozenset(
+            name
+            for name in reader.names()
+            if not name.endswith(names.ignored_suffixes)
+            and not (spec.tied_embeddings and name == names.lm_head)
+        )
 
 
 class VLLMEngine:
@@ -109,7 +152,9 @@ class VLLMEngine:
         model_dir: folder in Hugging Face format with config.json and safetensors files.
         dtype: of weights, activations and KV cache: "float32", "bfloat16", "float16".
         max_model_len: longest prompt plus response, in tokens.
-        kv_cache_bytes: size of the KV cache of each tensor-parallel rank.
+        kv_cache_bytes: size of the KV cache of each tensor-parallel rank, on a CPU.
+        memory_fraction: share of a device's memory that the engine takes, weights included, on
+            cuda and npu; None: vLLM's default.
         max_num_seqs: most responses that are decoded together.
         tensor_parallel: ranks that share the model.
         seed: of the engine; each request brings its own beside it.
@@ -117,7 +162,8 @@ class VLLMEngine:
         policy_version: version of the weights in `model_dir`.
 
     Raises:
-        ValueError: `model_dir` has no config.json, or the device name is unknown.
+        ValueError: `model_dir` is no safetensors checkpoint of a known architecture, or the
+            device name is unknown.
     """
 
     def __init__(
@@ -127,6 +173,7 @@ class VLLMEngine:
         dtype: str = "float32",
         max_model_len: int,
         kv_cache_bytes: int = 64 << 20,
+        memory_fraction: float | None = None,
         max_num_seqs: int = 64,
         tensor_parallel: int = 1,
         seed: int = 0,
@@ -134,8 +181,17 @@ class VLLMEngine:
         policy_version: int = 0,
     ) -> None:
         model_dir = Path(model_dir)
-        if not (model_dir / "config.json").is_file():
-            raise ValueError(f"model_dir={model_dir}: holds no config.json")
+        arguments = engine_arguments(
+            model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            kv_cache_bytes=kv_cache_bytes,
+            memory_fraction=memory_fraction,
+            max_num_seqs=max_num_seqs,
+            tensor_parallel=tensor_parallel,
+            seed=seed,
+            device_name=device_name,
+        )
         for name, value in engine_environment(device_name).items():
             os.environ.setdefault(name, value)
         self._max_model_len = max_model_len
@@ -145,22 +201,7 @@ class VLLMEngine:
         from vllm import LLM
 
         register_openpangu()
-        self._llm: Any = LLM(
-            model=str(model_dir),
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # ignore sampling defaults and stop ids of the checkpoint
-            tensor_parallel_size=tensor_parallel,
-            dtype=dtype,
-            seed=seed,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            kv_cache_memory_bytes=kv_cache_bytes,
-            use_tqdm_on_load=False,
-            enable_prefix_caching=True,  # the responses of a group share their prompt
-            logprobs_mode="processed_logprobs",  # the default is before temperature
-            worker_extension_cls=WORKER_EXTENSION,
-            **_platform_arguments(device_name),
-        )
+        self._llm: Any = LLM(**arguments)
 
     @property
     def policy_version(self) -> int:

@@ -1,19 +1,22 @@
 """The learner's rank: the gate at step 0, and the same update whatever the layout.
 
-Every layout takes two R2VPO updates on the same trajectories from the same checkpoint. Log-probs,
+Every layout takes two updates on the same trajectories from the same checkpoint. Log-probs,
 statistics, gradient norm and the weights afterwards must be those of one rank.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from r2vpo_megatron.config import (
     AlgorithmConfig,
@@ -37,6 +40,7 @@ LAYOUTS = {
     "tp2_sp": ParallelConfig(tensor=2, sequence_parallel=True, recompute="full"),
     "pp2": ParallelConfig(pipeline=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
+    "pp2_vpp2": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "dp2": ParallelConfig(data=2),
     "dp8_empty": ParallelConfig(data=8),  # two ranks have nothing but padding
 }
@@ -62,10 +66,36 @@ def make_trajectories() -> list[Trajectory]:
     ]
 
 
-def run_config(parallel: ParallelConfig, token_budget: int = 64) -> RunConfig:
+@dataclass(frozen=True)
+class Variant:
+    """What is trained and how, whatever the layout."""
+
+    checkpoint: str = "pangu-untied"
+    objective: str = "r2vpo"
+    aggregation: str = "token_mean"
+    dtype: str = "float32"
+
+
+R2VPO = Variant()
+TIED = Variant(checkpoint="pangu-tied")  # the embedding's gradient has parts on two stages
+TOPR = Variant(objective="topr", aggregation="sequence_mean")  # needs sums over sequences
+GRPO = Variant(objective="grpo", aggregation="token_sum")
+BF16 = Variant(dtype="bfloat16")
+CASES = [(R2VPO, layout) for layout in LAYOUTS]
+CASES += [(TIED, "pp2"), (TIED, "tp2_pp2"), (TOPR, "dp8_empty"), (TOPR, "tp2_pp2")]
+CASES += [(GRPO, "tp2_pp2")]
+
+
+def run_config(
+    parallel: ParallelConfig, token_budget: int = 64, variant: Variant = R2VPO
+) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(path="unused", dtype="float32"),
-        algorithm=AlgorithmConfig(objective="r2vpo", ratio_penalty=RATIO_PENALTY),
+        model=ModelConfig(path="unused", dtype=variant.dtype),
+        algorithm=AlgorithmConfig(
+            objective=variant.objective,
+            aggregation=variant.aggregation,
+            ratio_penalty=RATIO_PENALTY,
+        ),
         optimizer=OptimizerConfig(lr=1e-3, eps=1e-3, max_gradient_norm=0.05),
         parallel=replace(parallel, max_tokens_per_micro_batch=token_budget),
     )
@@ -84,6 +114,7 @@ def learn(
         world_size=world_size,
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
+        virtual_pipeline=None if config.parallel.virtual_pipeline == 1 else 2,
         init_method=init_method,
     )
     actor = MegatronActor(config, model_dir, state, platform)
@@ -117,9 +148,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn
 
 
 @pytest.fixture(scope="module")
-def one_rank(checkpoint: tuple[Path, torch.nn.Module]) -> dict[str, Any]:
-    config = run_config(ParallelConfig(), token_budget=1024)  # a single micro-batch
-    return run_ranks(1, learn, config, checkpoint[0])[0]
+def folders(
+    checkpoint: tuple[Path, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    tied = tmp_path_factory.mktemp("pangu-tied")
+    save_checkpoint("pangu-tied", tied)
+    return {"pangu-untied": checkpoint[0], "pangu-tied": tied}
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(folders: dict[str, Path]) -> Callable[[Variant], dict[str, Any]]:
+    @functools.cache
+    def learn_on_one_rank(variant: Variant) -> dict[str, Any]:
+        # A single micro-batch.
+        config = run_config(ParallelConfig(), token_budget=1024, variant=variant)
+        return run_ranks(1, learn, config, folders[variant.checkpoint])[0]
+
+    return learn_on_one_rank
+
+
+@pytest.fixture(scope="module")
+def one_rank(on_one_rank: Callable[[Variant], dict[str, Any]]) -> dict[str, Any]:
+    return on_one_rank(R2VPO)
 
 
 def test_logprobs_equal_transformers(checkpoint, one_rank):
@@ -154,10 +204,17 @@ def test_statistics_equal_their_definition(one_rank):
     assert first["optimizer/gradient_norm"] > 0.05  # so clipping is part of what is compared
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_update_is_the_same_at_any_layout(layout, checkpoint, one_rank):
-    config = run_config(LAYOUTS[layout])
-    results = run_ranks(LAYOUTS[layout].num_ranks, learn, config, checkpoint[0])
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        pytest.param(variant, layout, id=f"{variant.objective}-{variant.checkpoint}-{layout}")
+        for variant, layout in CASES
+    ],
+)
+def test_update_is_the_same_at_any_layout(variant, layout, folders, on_one_rank):
+    one_rank = on_one_rank(variant)
+    config = run_config(LAYOUTS[layout], variant=variant)
+    results = run_ranks(LAYOUTS[layout].num_ranks, learn, config, folders[variant.checkpoint])
     logprobs = merged_logprobs(results)
     assert logprobs.keys() == one_rank["logprobs"].keys()
     for sample_id, expected in one_rank["logprobs"].items():
@@ -173,6 +230,30 @@ def test_update_is_the_same_at_any_layout(layout, checkpoint, one_rank):
         torch.testing.assert_close(results[0]["weights"][name], expected, rtol=0, atol=2e-6)
 
 
+def concatenated(arrays: dict[str, Any]) -> torch.Tensor:
+    """All values as one vector, in the order of the names."""
+    return torch.cat([torch.as_tensor(arrays[name]).float().flatten() for name in sorted(arrays)])
+
+
+def test_bf16_update_is_the_same_within_its_rounding(folders, on_one_rank):
+    folder, one_rank = folders[BF16.checkpoint], on_one_rank(BF16)
+    results = run_ranks(2, learn, run_config(LAYOUTS["tp2"], variant=BF16), folder)
+
+    # The layout changes no more than bf16 does, seen against fp32; sqrt(2): both are rounded.
+    logprobs = concatenated(merged_logprobs(results))
+    expected = concatenated(one_rank["logprobs"])
+    rounding = (expected - concatenated(on_one_rank(R2VPO)["logprobs"])).norm()
+    assert 0 < (logprobs - expected).norm() < math.sqrt(2) * rounding
+
+    for update, expected_update in zip(results[0]["updates"], one_rank["updates"], strict=True):
+        for name in ("optimizer/gradient_norm", "ratio/second_moment", "policy/entropy"):
+            assert update[name] == pytest.approx(expected_update[name], rel=2e-2), name
+    start = concatenated(load_file(folder / "model.safetensors")).bfloat16().float()
+    step = concatenated(one_rank["weights"]) - start
+    # Steps of a few units in the last place of the weights, some rounded to the other side.
+    assert (concatenated(results[0]["weights"]) - start - step).norm() < 0.15 * step.norm()
+
+
 def first_update_on_fresh_data(
     rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
 ) -> tuple[float, float]:
@@ -186,6 +267,7 @@ def first_update_on_fresh_data(
         world_size=world_size,
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
+        virtual_pipeline=None if config.parallel.virtual_pipeline == 1 else 2,
         init_method=init_method,
     )
     actor = MegatronActor(config, model_dir, state, platform)
@@ -222,8 +304,13 @@ def test_ratio_is_one_on_fresh_data(layout, checkpoint):
         assert deviation < 1e-5
 
 
-def update_with_nan(
-    rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
+def update_with_poison(
+    rank: int,
+    world_size: int,
+    init_method: str,
+    config: RunConfig,
+    model_dir: Path,
+    advantage: float,
 ) -> tuple[str, bool]:
     from r2vpo_megatron.learner.megatron_actor import MegatronActor
 
@@ -233,7 +320,7 @@ def update_with_nan(
     )
     actor = MegatronActor(config, model_dir, state, platform)
     before = [tensor.clone() for _, tensor in actor.hf_weights() if tensor is not None]
-    poisoned = [replace(trajectory, advantage=math.nan) for trajectory in make_trajectories()]
+    poisoned = [replace(trajectory, advantage=advantage) for trajectory in make_trajectories()]
     batches = pack_trajectories(poisoned, max_tokens_per_micro_batch=64, num_data_parallel_ranks=1)[
         0
     ]
@@ -248,8 +335,13 @@ def update_with_nan(
     return message, unchanged
 
 
-def test_a_nan_changes_no_weight_and_is_named_on_every_rank(checkpoint):
-    results = run_ranks(2, update_with_nan, run_config(LAYOUTS["tp2"]), checkpoint[0])
-    for message, unchanged in results:
+@pytest.mark.parametrize(
+    ("advantage", "culprit"),
+    [(math.nan, "statistics"), (1e30, "gradient norm")],  # the latter's statistics are finite
+)
+def test_what_is_not_finite_changes_no_weight_on_any_rank(checkpoint, advantage, culprit):
+    config = run_config(LAYOUTS["tp2"])
+    for message, unchanged in run_ranks(2, update_with_poison, config, checkpoint[0], advantage):
+        assert culprit in message
         assert "not finite" in message
         assert unchanged

@@ -27,7 +27,7 @@ def make_config() -> RunConfig:
         rollout=RolloutConfig(max_prompt_tokens=10, max_response_tokens=20),
         train=TrainConfig(prompts_per_iteration=6, responses_per_prompt=4, mini_batch_samples=16),
         replay=ReplayConfig(capacity_iterations=4, update_to_data=2.0),
-        parallel=ParallelConfig(tensor=2, context=3, data=4, max_tokens_per_micro_batch=30),
+        parallel=ParallelConfig(tensor=2, pipeline=3, data=4, max_tokens_per_micro_batch=30),
     )
 
 
@@ -93,7 +93,22 @@ def test_a_value_at_its_limit_is_valid() -> None:
         (ModelConfig, {"dtype": "fp8"}, "model.dtype = 'fp8' .*'float32', 'bfloat16'"),
         (RolloutConfig, {"num_engines": 0}, "rollout.num_engines = 0"),
         (RolloutConfig, {"max_response_tokens": 0}, "rollout.max_response_tokens = 0"),
-        (RolloutConfig, {"temperature": 0.0}, "rollout.temperature = 0.0 .*above 0"),
+        (RolloutConfig, {"memory_fraction": 1.5}, "rollout.memory_fraction = 1.5 .*0 and 1"),
+        (AlgorithmConfig, {"dual_gain": 0.0}, "algorithm.dual_gain = 0.0 .*above 0"),
+        (
+            AlgorithmConfig,
+            {"objective": "grpo", "dual_controller": "paper"},
+            "algorithm.dual_controller = 'paper' .*'grpo' has no lambda",
+        ),
+        (TrainConfig, {"seed": -1}, "train.seed = -1 .*at least 0"),
+        (OptimizerConfig, {"beta1": 2.0}, "optimizer.beta1 = 2.0 .*below 1"),
+        (ParallelConfig, {"context": 2}, "parallel.context = 2"),
+        (
+            ParallelConfig,
+            {"tensor": 2, "sequence_parallel": True, "max_tokens_per_micro_batch": 7},
+            "parallel.max_tokens_per_micro_batch = 7 .*multiple of 2",
+        ),
+        (RolloutConfig, {"temperature": 0.0}, "rollout.temperature = 0.0 .*0.01 to 2"),
         (RolloutConfig, {"top_p": 0.9}, "rollout.top_p = 0.9 .*1.0 in training"),
         (RolloutConfig, {"top_k": 5}, "rollout.top_k = 5 .*0 .off. in training"),
         (AlgorithmConfig, {"advantage": "gae"}, "algorithm.advantage = 'gae'"),

@@ -57,6 +57,21 @@ def test_cuda_without_a_device_says_so_in_one_line() -> None:
     with pytest.raises(RuntimeError, match="^platform cuda: no CUDA device.*$") as refusal:
         get_platform("cuda").prepare()
     assert "\n" not in str(refusal.value)
+    assert "use --runtime.device cpu" in str(refusal.value)
+
+
+def test_cpu_where_a_gpu_is_visible_says_how_to_hide_it() -> None:
+    output = run_python(
+        "import torch\n"
+        "from r2vpo_megatron.device import get_platform\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "try: get_platform('cpu').prepare()\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert output == (
+        "platform cpu: this process sees a CUDA device, which Megatron-core would take; start it "
+        "with CUDA_VISIBLE_DEVICES set to nothing, or use --runtime.device cuda"
+    )
 
 
 @pytest.mark.skipif(

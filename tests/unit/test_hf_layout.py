@@ -86,7 +86,7 @@ def test_shards_merge_to_the_source(tensor_size: int, tmp_path: Path) -> None:
 
 def reference(folder: Path) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text('{ "kept":  "to the letter"}')
+    (folder / "config.json").write_text('{ "dtype":  "bfloat16"}')  # odd spaces, to be kept
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "optimizer.pt").write_text("not copied")
     return folder
@@ -101,11 +101,41 @@ def test_sharded_checkpoint_has_an_exact_index(tmp_path: Path) -> None:
     assert index["metadata"] == {"total_size": 24}  # three tensors of 8 bytes
     assert index["weight_map"] == {"a": first, "b": first, "c": second}
     assert load_file(tmp_path / "out" / second)["c"].tolist() == [2.0] * 4
-    assert (tmp_path / "out" / "config.json").read_text() == '{ "kept":  "to the letter"}'
+    assert (tmp_path / "out" / "config.json").read_text() == '{ "dtype":  "bfloat16"}'
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
     assert not (tmp_path / "out" / "optimizer.pt").exists()
     with CheckpointReader(tmp_path / "out") as reader:
         assert reader.names() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"a": 1, "dtype": "bfloat16", "z": "\u00e9"}, {"a": 1, "dtype": "float32", "z": "\u00e9"}),
+        ({"torch_dtype": "bfloat16", "a": 1}, {"torch_dtype": "float32", "a": 1}),
+        ({"a": 1}, {"a": 1, "dtype": "float32"}),
+    ],
+)
+def test_config_states_the_dtype_that_was_written(
+    config: dict[str, object], expected: dict[str, object], tmp_path: Path
+) -> None:
+    source = reference(tmp_path / "reference")
+    (source / "config.json").write_text(json.dumps(config))
+    # What is copied from the reference does not count, nor do integers.
+    save_file(
+        {"rotary_emb.inv_freq": torch.ones(2, dtype=torch.bfloat16)}, source / "model.safetensors"
+    )
+    tensors = [("a", torch.ones(2)), ("b", torch.ones(2, dtype=torch.int64))]
+    save_hf_checkpoint(tensors, tmp_path / "out", source)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert list(written.items()) == list(expected.items())
+
+
+def test_config_is_kept_where_no_one_dtype_was_written(tmp_path: Path) -> None:
+    source = reference(tmp_path / "reference")
+    tensors = [("a", torch.ones(2)), ("b", torch.ones(2, dtype=torch.float16))]
+    save_hf_checkpoint(tensors, tmp_path / "out", source)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
 def test_views_and_later_changes_do_not_reach_the_file(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r2vpo_megatron.records import Trajectory
-from r2vpo_megatron.replay import ReplayBuffer, UpdateSchedule
+from r2vpo_megatron.replay import ReplayBuffer
 
 
 def sample(iteration: int, index: int, num_response: int = 2) -> Trajectory:
@@ -132,7 +131,7 @@ def test_metrics_by_hand() -> None:
     assert metrics["replay/evicted_unused_fraction"] == 1 / 4
     assert metrics["replay/evicted_uses_mean"] == 3 / 4
     assert metrics["replay/age_mean"] == 1.0
-    buffer.clear()
+    buffer.add(4, [])
     assert len(buffer) == 0
     assert buffer.metrics()["replay/evicted_unused_fraction"] == 5 / 8
 
@@ -215,28 +214,3 @@ def test_what_the_buffer_refuses() -> None:
     assert len(buffer) == 1  # a refused batch leaves no trace
     with pytest.raises(ValueError, match="capacity_iterations: 3; valid: 2, as in the saved run"):
         ReplayBuffer(3, seed=0).load_state_dict(buffer.state_dict())
-
-
-def test_update_schedule_carries_the_remainder() -> None:
-    schedule = UpdateSchedule("3/2", batch_size=4)
-    assert [schedule.num_updates(6) for _ in range(4)] == [2, 2, 2, 3]  # 9 owed each time
-    assert schedule.state_dict() == {"credit": "0"}
-    schedule.num_updates(5)
-    resumed = UpdateSchedule("3/2", batch_size=4)
-    resumed.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
-    assert resumed.num_updates(1) == schedule.num_updates(1) == 1
-    assert UpdateSchedule(2, batch_size=256).num_updates(1024) == 8
-    for bad in (0, -1, "x", "1/0"):
-        with pytest.raises(ValueError, match="utd: .*valid: a positive rational"):
-            UpdateSchedule(bad, 1)
-
-
-@given(
-    utd=st.fractions(min_value=Fraction(1, 10), max_value=5),
-    batch_size=st.integers(1, 50),
-    generated=st.lists(st.integers(0, 100), max_size=20),
-)
-def test_update_schedule_never_drifts(utd: Fraction, batch_size: int, generated: list[int]) -> None:
-    schedule = UpdateSchedule(utd, batch_size)
-    trained = batch_size * sum(schedule.num_updates(count) for count in generated)
-    assert 0 <= utd * sum(generated) - trained < batch_size

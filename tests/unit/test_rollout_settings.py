@@ -14,6 +14,7 @@ from r2vpo_megatron.rollout.sampling import SamplingSettings
 from r2vpo_megatron.rollout.vllm_engine import (
     VLLMEngine,
     checkpoint_tensor_names,
+    engine_arguments,
     engine_environment,
 )
 
@@ -60,19 +61,71 @@ def test_an_unknown_device_is_refused() -> None:
     assert "OMP_NUM_THREADS" not in engine_environment("npu")
 
 
+@pytest.mark.parametrize("device_name", ["cuda", "npu"])
+def test_a_share_of_the_memory_decides_on_accelerators(device_name: str) -> None:
+    arguments = {
+        "dtype": "bfloat16",
+        "max_model_len": 64,
+        "kv_cache_bytes": 1 << 20,
+        "max_num_seqs": 4,
+        "tensor_parallel": 2,
+        "seed": 3,
+    }
+    model_dir = Path("model")
+
+    on_cpu = engine_arguments(model_dir, device_name="cpu", memory_fraction=0.6, **arguments)
+    assert on_cpu["kv_cache_memory_bytes"] == 1 << 20
+    assert "gpu_memory_utilization" not in on_cpu
+
+    given = engine_arguments(model_dir, device_name=device_name, memory_fraction=0.6, **arguments)
+    assert given["gpu_memory_utilization"] == 0.6
+    assert "kv_cache_memory_bytes" not in given
+    assert (given["dtype"], given["tensor_parallel_size"], given["seed"]) == ("bfloat16", 2, 3)
+
+    left = engine_arguments(model_dir, device_name=device_name, memory_fraction=None, **arguments)
+    assert left.keys() == given.keys() - {"gpu_memory_utilization"}
+
+
 def test_a_folder_without_config_is_refused_before_vllm_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_dir=.*holds no config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         VLLMEngine(tmp_path, max_model_len=8)
+
+
+def write_config(folder: Path, tied: bool) -> None:
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 16,
+        "max_position_embeddings": 8,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_push_must_bring_the_checkpoints_weights(tmp_path: Path, tied: bool) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
-    assert checkpoint_tensor_names(tmp_path) is None
-    embed, inv_freq, head, norm = (torch.zeros(1) for _ in range(4))
-    save_file(
-        {"embed": embed, "layers.0.rotary_emb.inv_freq": inv_freq}, tmp_path / "1.safetensors"
-    )
-    save_file({"lm_head.weight": head, "norm": norm}, tmp_path / "2.safetensors")
+    write_config(tmp_path, tied)
+    with pytest.raises(ValueError, match="only safetensors checkpoints are read"):
+        checkpoint_tensor_names(tmp_path)
+    files = {
+        "1.safetensors": ["embed", "layers.0.rotary_emb.inv_freq"],
+        "2.safetensors": ["lm_head.weight", "norm"],
+        "consolidated.safetensors": ["tok_embeddings", "output"],  # the same weights, other names
+    }
+    for file_name, names in files.items():
+        save_file({name: torch.zeros(1) for name in names}, tmp_path / file_name)
+    weight_map = {
+        name: file_name
+        for file_name, names in files.items()
+        if file_name != "consolidated.safetensors"
+        for name in names
+    }
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     expected = {"embed", "norm"} if tied else {"embed", "norm", "lm_head.weight"}
     assert checkpoint_tensor_names(tmp_path) == expected

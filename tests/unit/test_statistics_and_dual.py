@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from r2vpo_megatron.rl.advantages import group_advantages
 from r2vpo_megatron.rl.aggregation import denominator_count, token_weights
@@ -92,11 +94,16 @@ def test_group_advantages_by_hand():
     normalized = group_advantages([1.0, 1.0, -1.0, -1.0])
     assert normalized == pytest.approx([1.0, 1.0, -1.0, -1.0], rel=1e-5)
     assert group_advantages([3.0, 0.0, 0.0], normalize_by_std=False) == pytest.approx([2, -1, -1])
-    assert group_advantages([0.7] * 8) == [0.0] * 8
     with pytest.raises(ValueError, match="all finite"):
         group_advantages([1.0, float("nan")])
     with pytest.raises(ValueError, match="at least one"):
         group_advantages([])
+
+
+@given(reward=st.floats(allow_nan=False, allow_infinity=False), size=st.integers(1, 9))
+@example(reward=0.1, size=3)  # whose mean rounds to another number than 0.1
+def test_equal_rewards_have_no_advantage_at_all(reward, size):
+    assert group_advantages([reward] * size) == [0.0] * size
 
 
 def settings(step_size, minimum=1e-3, maximum=1e3):

@@ -48,6 +48,26 @@ def test_values_and_gradients(temperature, chunk_tokens, with_entropy):
     assert results[0][2][100:].abs().max() == 0  # padded rows get no gradient
 
 
+def bf16_weight_gradient_error(chunk_tokens):
+    """Relative to the fp32 gradient of the same bf16 values."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 16).bfloat16().float() for n in (512, 128))
+    targets = torch.randint(0, 128, (512,))
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        h, w = hidden.to(dtype), weight.to(dtype).requires_grad_()
+        shard = VocabularyShard.of_rank(128, 128, 0, None)
+        logprobs, _ = vocab_parallel_logprobs(h, w, targets, shard, chunk_tokens=chunk_tokens)
+        logprobs.sum().backward()
+        assert w.grad.dtype == dtype
+        gradients.append(w.grad.float())
+    return ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
+
+
+def test_bf16_gradient_error_does_not_grow_with_the_number_of_chunks():
+    assert bf16_weight_gradient_error(2) < 1.2 * bf16_weight_gradient_error(512)
+
+
 def test_extreme_logits_stay_finite():
     hidden = torch.tensor([[1e4, 0.0], [-1e4, 0.0], [0.0, 0.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [9.0, 9.0]], requires_grad=True)

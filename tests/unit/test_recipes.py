@@ -1,0 +1,37 @@
+"""Every recipe is valid, and what should be alike among them is."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+
+from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.rl.objectives import OBJECTIVES
+from recipes import tiny_cpu
+
+RECIPES = {
+    name: function
+    for name, function in inspect.getmembers(tiny_cpu, inspect.isfunction)
+    if function.__module__ == tiny_cpu.__name__ and not name.startswith("_")
+}
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipe_is_valid_and_named_after_its_objective(name: str) -> None:
+    config: RunConfig = RECIPES[name]()
+    config.validate()
+    assert config.algorithm.objective in OBJECTIVES
+    assert name.startswith(config.algorithm.objective + "_o")
+    assert config.updates_per_iteration == 4
+
+
+@pytest.mark.parametrize("regime", ["on_policy", "off_policy"])
+def test_a_comparison_differs_by_its_objective_alone(regime: str) -> None:
+    configs = [RECIPES[f"{name}_{regime}"]() for name in ("r2vpo", "grpo", "gppo", "topr")]
+    stripped = {
+        replace(config, algorithm=replace(config.algorithm, objective="r2vpo"))
+        for config in configs
+    }
+    assert len(stripped) == 1
