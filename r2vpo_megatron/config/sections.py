@@ -21,6 +21,13 @@ def require(condition: bool, field: str, value: Any, valid: str) -> None:
         raise ValueError(f"{field} = {value!r} is not valid: {valid}")
 
 
+def require_positive(section: str, config: Any, *names: str) -> None:
+    """Raise unless each of these counts or sizes is at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 1, f"{section}.{name}", value, "at least 1")
+
+
 def require_choice(field: str, value: Any, choices: Collection[str]) -> None:
     """Raise unless `value` is one of `choices`, and list them."""
     valid = "one of " + ", ".join(repr(choice) for choice in choices)
@@ -76,20 +83,29 @@ class RolloutConfig:
     max_num_seqs: int = 256
     """Sequences that one engine decodes at a time."""
     kv_cache_bytes: int = 4 << 30
-    """Memory for one engine's KV cache, in bytes (cpu only; elsewhere see memory_fraction)."""
+    """Memory for one engine's KV cache, in bytes (cpu; elsewhere memory_fraction decides)."""
     memory_fraction: float = 0.85
-    """Share of the accelerator's memory that one engine takes (cuda and npu)."""
+    """Share of a device's memory that an engine takes (cuda, npu), weights included."""
+    threads_per_engine: int = 1
+    """CPU threads of one engine (cpu only)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_engines", "tensor_parallel", "max_prompt_tokens", "max_num_seqs"):
-            require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "at least 1")
-        require(
-            self.max_response_tokens >= 1,
-            "rollout.max_response_tokens",
-            self.max_response_tokens,
-            "at least 1",
+        require_positive(
+            "rollout",
+            self,
+            "num_engines",
+            "tensor_parallel",
+            "max_prompt_tokens",
+            "max_response_tokens",
+            "max_num_seqs",
+            "kv_cache_bytes",
+            "threads_per_engine",
         )
-        require(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
+        # The range in which vLLM samples at exactly the temperature that it was given.
+        in_range = 0.01 <= self.temperature <= 2
+        require(in_range, "rollout.temperature", self.temperature, "0.01 to 2")
+        in_range = 0 < self.memory_fraction < 1
+        require(in_range, "rollout.memory_fraction", self.memory_fraction, "between 0 and 1")
         reason = "the log-probs would not be those of the sampling distribution"
         require(self.top_p == 1.0, "rollout.top_p", self.top_p, f"1.0 in training; {reason}")
         require(self.top_k == 0, "rollout.top_k", self.top_k, f"0 (off) in training; {reason}")
@@ -116,7 +132,9 @@ class AlgorithmConfig:
     dual_target: float = 0.04
     """Delta, the second moment of the ratio, E[(rho - 1)^2], that a controller aims at."""
     dual_step_size: float = 1e-3
-    """Eta of Eq. 12 for paper; gain k per update for multiplicative."""
+    """Eta of Eq. 12, lambda's step per unit of violation (paper only)."""
+    dual_gain: float = 0.2
+    """k, the step of log lambda per relative violation (multiplicative only)."""
     ratio_penalty_min: float = 1e-3
     """Lower end of lambda under the multiplicative controller."""
     ratio_penalty_max: float = 1e3
@@ -142,7 +160,14 @@ class AlgorithmConfig:
         require(
             self.ratio_penalty >= 0, "algorithm.ratio_penalty", self.ratio_penalty, "at least 0"
         )
-        require(self.dual_target > 0, "algorithm.dual_target", self.dual_target, "above 0")
+        for name in ("dual_target", "dual_step_size", "dual_gain"):
+            require(getattr(self, name) > 0, f"algorithm.{name}", getattr(self, name), "above 0")
+        require(
+            self.dual_controller == "fixed" or self.objective == "r2vpo",
+            "algorithm.dual_controller",
+            self.dual_controller,
+            f"'fixed', since algorithm.objective {self.objective!r} has no lambda",
+        )
         require(
             0 < self.ratio_penalty_min <= self.ratio_penalty_max,
             "algorithm.ratio_penalty_min",
@@ -160,11 +185,10 @@ class ReplayConfig:
     update_to_data: float = 2.0
     """UTD: samples trained on per sample generated."""
     with_replacement: bool = False
-    """Draw each update's samples independently instead of without repetition."""
+    """Draw samples independently; else none twice before all have been drawn as often."""
 
     def __post_init__(self) -> None:
-        capacity = self.capacity_iterations
-        require(capacity >= 1, "replay.capacity_iterations", capacity, "at least 1")
+        require_positive("replay", self, "capacity_iterations")
         require(self.update_to_data > 0, "replay.update_to_data", self.update_to_data, "above 0")
 
 
@@ -184,8 +208,10 @@ class TrainConfig:
     """Seed of everything random: model making, prompts order, sampling, replay."""
 
     def __post_init__(self) -> None:
-        for name in ("num_iterations", "prompts_per_iteration", "mini_batch_samples"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        require_positive(
+            "train", self, "num_iterations", "prompts_per_iteration", "mini_batch_samples"
+        )
+        require(self.seed >= 0, "train.seed", self.seed, "at least 0")
         require(
             self.responses_per_prompt >= 2,
             "train.responses_per_prompt",
@@ -216,13 +242,14 @@ class OptimizerConfig:
     """Shard the optimizer's state over data parallel ranks."""
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, "optimizer.lr", self.lr, "at least 0")
-        require(
-            self.max_gradient_norm >= 0,
-            "optimizer.max_gradient_norm",
-            self.max_gradient_norm,
-            "at least 0",
-        )
+        for name in ("lr", "warmup_updates", "weight_decay", "max_gradient_norm"):
+            require(
+                getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "at least 0"
+            )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "from 0 to below 1")
+        require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
 
 
 @dataclass(frozen=True)
@@ -233,8 +260,10 @@ class ParallelConfig:
     """Tensor parallel size; must divide the model's KV heads."""
     pipeline: int = 1
     """Pipeline parallel size (stages)."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage; above 1 the schedule interleaves them."""
     context: int = 1
-    """Context parallel size."""
+    """Context parallel size; only 1 for now."""
     data: int = 1
     """Data parallel size; ranks = tensor x pipeline x context x data."""
     sequence_parallel: bool = False
@@ -247,8 +276,18 @@ class ParallelConfig:
     """CPU threads of one learner rank (cpu only)."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "context", "data", "threads_per_rank"):
-            require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "at least 1")
+        require_positive(
+            "parallel", self, "tensor", "pipeline", "virtual_pipeline", "data", "threads_per_rank"
+        )
+        require(self.context == 1, "parallel.context", self.context, "1 for now")
+        multiple = self.tensor if self.sequence_parallel else 1
+        require(
+            self.max_tokens_per_micro_batch >= 1
+            and self.max_tokens_per_micro_batch % multiple == 0,
+            "parallel.max_tokens_per_micro_batch",
+            self.max_tokens_per_micro_batch,
+            f"a positive multiple of {multiple} (parallel.tensor under sequence_parallel)",
+        )
         require_choice("parallel.recompute", self.recompute, ("none", "core_attn", "mlp", "full"))
 
     @property
@@ -264,10 +303,10 @@ class WeightSyncConfig:
     backend: str = "shared_memory"
     """Transport by name (r2vpo_megatron.weight_sync.BACKENDS)."""
     bucket_bytes: int = 256 << 20
-    """Largest bucket, in bytes; at most two are alive."""
+    """Largest bucket, in bytes; one is alive at a time."""
 
     def __post_init__(self) -> None:
-        require(self.bucket_bytes >= 1, "weight_sync.bucket_bytes", self.bucket_bytes, "at least 1")
+        require_positive("weight_sync", self, "bucket_bytes")
 
 
 @dataclass(frozen=True)
@@ -282,7 +321,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         every = self.every_iterations
         require(every >= 0, "evaluation.every_iterations", every, "at least 0")
-        require(self.num_prompts >= 1, "evaluation.num_prompts", self.num_prompts, "at least 1")
+        require_positive("evaluation", self, "num_prompts")
 
 
 @dataclass(frozen=True)
@@ -309,9 +348,16 @@ class RuntimeConfig:
     """Address of a running Ray cluster; empty: start one on this machine for this run."""
     logprob_gap_alarm: float = 0.02
     """Mean absolute rollout/learner log-prob gap above which a warning is printed."""
+    object_store_bytes: int = 512 << 20
+    """Shared memory of a Ray that is started here, for batches on their way, in bytes."""
     timeout_seconds: float = 1800.0
     """Deadline of one collective or remote stage, in seconds."""
 
     def __post_init__(self) -> None:
         require_choice("runtime.device", self.device, DEVICES)
-        require(self.timeout_seconds > 0, "runtime.timeout_seconds", self.timeout_seconds, "> 0")
+        require(
+            self.timeout_seconds > 0, "runtime.timeout_seconds", self.timeout_seconds, "above 0"
+        )
+        minimum = 80 << 20  # below which Ray refuses to start
+        size = self.object_store_bytes
+        require(size >= minimum, "runtime.object_store_bytes", size, f"at least {minimum}")
