@@ -26,8 +26,8 @@ PACKAGE_EXTRAS = {
     "pyarrow": "parquet",
 }
 
-# What a user's mistake raises, here or in a worker. Everything else is a fault of a run or of the
-# code, and its traceback is what one needs to see.
+# What a user's mistake raises before a run starts. Everything else is a fault of the code, and its
+# traceback is what one needs to see.
 _USER_MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -36,6 +36,26 @@ _USER_MISTAKES = (
     IsADirectoryError,
     NotADirectoryError,
 )
+
+
+class RunFailed(Exception):
+    """A run that had started ended with an error; its traceback is kept in a file.
+
+    Args:
+        error: What ended it; an exception of a Ray task carries the worker's own as `cause`.
+        path: Where to write the traceback; only a short message is printed.
+    """
+
+    def __init__(self, error: BaseException, path: Path) -> None:
+        cause = getattr(error, "cause", None)
+        root = cause if isinstance(cause, BaseException) else error
+        text = str(root).strip() or "no message"
+        message = f"the run failed: {type(root).__name__}: {text.splitlines()[0]}"
+        # A folder that cannot be written must not hide the error itself.
+        with contextlib.suppress(OSError):
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            message += f"\ntraceback: {path}"
+        super().__init__(message)
 
 
 def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
@@ -56,18 +76,15 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
         message = user_message(error)
         if message is None or show_traceback:
             traceback.print_exception(error)
-        if message is None:
-            return EXIT_FAILED
-        print(f"error: {message}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        if message is not None:
+            print(f"error: {message}", file=sys.stderr)
+        return EXIT_BAD_INPUT if message and not isinstance(error, RunFailed) else EXIT_FAILED
 
 
 def user_message(error: BaseException) -> str | None:
-    """Say in a line or two what the user can change, or None where nothing is known."""
-    # An exception of a Ray task carries the one that the task raised.
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return user_message(cause)
+    """Say in a line or two what happened, or None where only a traceback can tell."""
+    if isinstance(error, RunFailed):
+        return str(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing_package(error)
     if not isinstance(error, _USER_MISTAKES):
@@ -75,18 +92,6 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-def keep_traceback(error: BaseException, path: Path) -> None:
-    """Write the traceback of a failed run to a file and note that in the error.
-
-    Hours of a run may have gone into it, and only a short message may be printed.
-    """
-    # A folder that cannot be written must not hide the error itself.
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        error.add_note(f"traceback: {path}")
 
 
 def _missing_package(error: ModuleNotFoundError) -> str | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from r2vpo_megatron.cli.command_line import parse_command_line
-from r2vpo_megatron.cli.errors import keep_traceback, run_command
+from r2vpo_megatron.cli.errors import RunFailed, run_command
 
 PROGRAM = "python -m r2vpo_megatron.cli.train"
 
@@ -19,14 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     command = parse_command_line(PROGRAM, "Trains a model by a recipe.", arguments)
-    try:
-        # Torch, Ray and vLLM come with it: seconds that bad input should not have to wait for.
-        from r2vpo_megatron.orchestration.run import run_training
+    # Torch and Ray come with these: seconds that a wrong field should not have to wait for.
+    from r2vpo_megatron.orchestration.inputs import prepare_run
+    from r2vpo_megatron.orchestration.run import run_training
 
-        return run_training(command.config, recipe=command.recipe)
+    run = prepare_run(command.config, recipe=command.recipe)
+    try:
+        run_training(run)
     except Exception as error:
-        keep_traceback(error, Path(command.config.output.dir) / "last_error.txt")
-        raise
+        raise RunFailed(error, run.run_dir / "error.txt") from error
+    return 0
 
 
 if __name__ == "__main__":

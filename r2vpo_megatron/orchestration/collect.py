@@ -51,6 +51,8 @@ class Collector:
             for response in range(num_responses)
         ]
         generations = self.rollout.generate(requests, self._sampling())
+        # Weights are pushed as version `iteration` at the end of each, 0 being the checkpoint.
+        assert {generation.policy_version for generation in generations} == {iteration - 1}
         repeated = [prompt for prompt in prompts for _ in range(num_responses)]
         results = [
             self.reward(prompt, self.tokenizer.decode_response(generation.token_ids))
@@ -75,6 +77,8 @@ class Collector:
             max_response_tokens=rollout.max_response_tokens,
             stop_token_ids=self.tokenizer.stop_token_ids,
             temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
         )
 
     def _group(

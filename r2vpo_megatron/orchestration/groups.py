@@ -13,8 +13,9 @@ from typing import Any
 import ray
 
 from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.data.packing import pack_trajectories
+from r2vpo_megatron.data.packing import pack_trajectories, packing_statistics
 from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.orchestration.cluster import wait_for
 from r2vpo_megatron.orchestration.workers import LearnerWorker, RolloutWorker
 from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest, Trajectory
 from r2vpo_megatron.rollout.sampling import SamplingSettings
@@ -28,38 +29,36 @@ class LearnerGroup:
         """Create the ranks' processes; `start` builds the model in them."""
         self._config = config
         self._timeout = config.runtime.timeout_seconds
-        options = _actor_options(config, {"OMP_NUM_THREADS": str(config.parallel.threads_per_rank)})
+        threads = {"OMP_NUM_THREADS": str(config.parallel.threads_per_rank)}
         worker = ray.remote(LearnerWorker)
         self._ranks = [
-            worker.options(**options).remote(config, model_dir, rank)
+            worker.options(**_actor_options(config, threads)).remote(config, model_dir, rank)
             for rank in range(config.parallel.num_ranks)
         ]
         self._data_ranks: list[int] = []
 
     def start(self) -> list[Any]:
-        """Begin building the model; `wait_started` waits."""
+        """Begin building the model in every rank; resolves to each rank's data parallel rank."""
         init_method = ray.get(self._ranks[0].rendezvous_address.remote(), timeout=self._timeout)
         return [rank.start.remote(init_method) for rank in self._ranks]
 
-    def wait_started(self, pending: list[Any]) -> None:
-        """Wait until every rank is ready."""
-        self._data_ranks = [
-            layout["data_rank"] for layout in ray.get(pending, timeout=self._timeout)
-        ]
+    def started(self, data_ranks: list[int]) -> None:
+        """Take note of what `start` resolved to."""
+        self._data_ranks = data_ranks
+
+    def node_id(self) -> str:
+        """The node of rank 0, which sends the weights."""
+        return str(ray.get(self._ranks[0].node_id.remote(), timeout=self._timeout))
 
     def compute_logprobs(self, trajectories: Sequence[Trajectory]) -> dict[str, FloatArray]:
         """sample id -> [R] fp32 log-probs of the current weights."""
-        merged: dict[str, FloatArray] = {}
-        for part in self._call_with_batches("compute_logprobs", trajectories):
-            merged.update(part)
-        return merged
+        parts, _ = self._call_with_batches("compute_logprobs", trajectories)
+        return {sample_id: logprobs for part in parts for sample_id, logprobs in part.items()}
 
     def update(self, trajectories: Sequence[Trajectory], ratio_penalty: float) -> dict[str, float]:
         """One optimizer step on these samples; its metrics."""
-        metrics: dict[str, float] = self._call_with_batches("update", trajectories, ratio_penalty)[
-            0
-        ]
-        return metrics
+        results, packing = self._call_with_batches("update", trajectories, ratio_penalty)
+        return {**results[0], **packing}
 
     def save_hf(self, output_dir: Path) -> None:
         """Write the weights as a Hugging Face checkpoint."""
@@ -69,26 +68,21 @@ class LearnerGroup:
         """Stream the current weights to every engine, bucket by bucket, as `version`.
 
         An engine serves the new version only after all buckets came in and their checksum
-        agreed. On a failure the push is called off and the error raised.
+        agreed; from the first call on until then it refuses to generate. So an error on the way
+        ends the run: no response is ever sampled from weights of unknown version.
         """
         writer, *others = self._ranks
         joined = [rank.join_weight_push.remote() for rank in others]
         rollout.weight_update("begin_weight_update", version)
-        try:
-            ray.get(writer.open_weight_push.remote(version), timeout=self._timeout)
-            metrics: dict[str, float] = {}
-            while bucket := ray.get(writer.next_weight_bucket.remote(), timeout=self._timeout):
-                for name, value in rollout.weight_update("load_weight_bucket", bucket).items():
-                    metrics[name] = metrics.get(name, 0.0) + value
-            checksum, sender_metrics = ray.get(
-                writer.close_weight_push.remote(), timeout=self._timeout
-            )
-            ray.get(joined, timeout=self._timeout)
-            metrics |= rollout.weight_update("finish_weight_update", version, checksum)
-        except BaseException:
-            rollout.weight_update("abort_weight_update")
-            raise
-        return {**metrics, **sender_metrics}
+        metrics: dict[str, float] = {}
+        wait_for(writer.open_weight_push.remote(version), joined, self._timeout)
+        while bucket := wait_for(writer.next_weight_bucket.remote(), joined, self._timeout):
+            for name, value in rollout.weight_update("load_weight_bucket", bucket).items():
+                metrics[name] = metrics.get(name, 0.0) + value
+        checksum, sent = wait_for(writer.close_weight_push.remote(), joined, self._timeout)
+        ray.get(joined, timeout=self._timeout)
+        finished = rollout.weight_update("finish_weight_update", version, checksum)
+        return {**metrics, **finished, **sent}
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         results: list[Any] = ray.get(
@@ -98,7 +92,8 @@ class LearnerGroup:
 
     def _call_with_batches(
         self, method: str, trajectories: Sequence[Trajectory], *args: Any
-    ) -> list[Any]:
+    ) -> tuple[list[Any], dict[str, float]]:
+        """Every rank's result of a method that takes micro-batches, and how they were packed."""
         parallel = self._config.parallel
         batches = pack_trajectories(
             trajectories,
@@ -114,7 +109,7 @@ class LearnerGroup:
             ],
             timeout=self._timeout,
         )
-        return results
+        return results, packing_statistics(batches, parallel.max_tokens_per_micro_batch)
 
 
 class RolloutGroup:
@@ -123,21 +118,23 @@ class RolloutGroup:
     def __init__(self, config: RunConfig, model_dir: Path) -> None:
         """Create the engines' processes; `start` loads the model in them."""
         self._timeout = config.runtime.timeout_seconds
-        device_name = get_platform(config.runtime.device).name
-        options = _actor_options(config, engine_environment(device_name))
+        environment = engine_environment(config.runtime.device, config.rollout.threads_per_engine)
+        options = _actor_options(config, environment, config.rollout.tensor_parallel)
         worker = ray.remote(RolloutWorker)
         self._engines = [
-            worker.options(**options).remote(config, model_dir, index)
-            for index in range(config.rollout.num_engines)
+            worker.options(**options).remote(config, model_dir)
+            for _ in range(config.rollout.num_engines)
         ]
 
     def start(self) -> list[Any]:
-        """Begin loading the engines; `wait_started` waits."""
+        """Begin loading the model in every engine."""
         return [engine.start.remote() for engine in self._engines]
 
-    def wait_started(self, pending: list[Any]) -> None:
-        """Wait until every engine serves."""
-        ray.get(pending, timeout=self._timeout)
+    def node_ids(self) -> set[str]:
+        """The nodes that engines are on."""
+        return set(
+            ray.get([engine.node_id.remote() for engine in self._engines], timeout=self._timeout)
+        )
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
@@ -162,17 +159,35 @@ class RolloutGroup:
         )
         return {name: max(result[name] for result in results) for name in results[0]}
 
-    def stop(self) -> None:
-        """End the engines' own processes."""
-        ray.get([engine.stop.remote() for engine in self._engines], timeout=60)
+    def stop(self, timeout_seconds: float) -> None:
+        """End the engines' own processes, as far as they answer in time."""
+        ray.wait(
+            [engine.stop.remote() for engine in self._engines],
+            num_returns=len(self._engines),
+            timeout=timeout_seconds,
+        )
 
 
-def _actor_options(config: RunConfig, env_vars: dict[str, str]) -> dict[str, Any]:
-    """Ray options of one worker: a CPU slot, its accelerator where there is one, environment."""
-    resource = get_platform(config.runtime.device).accelerator_resource()
+def needed_resources(config: RunConfig) -> dict[str, int]:
+    """What all workers of a run ask of Ray: a CPU slot and their devices each."""
+    num_devices = (
+        config.parallel.num_ranks + config.rollout.num_engines * config.rollout.tensor_parallel
+    )
+    device = get_platform(config.runtime.device).accelerator_resource()
+    num_actors = config.parallel.num_ranks + config.rollout.num_engines
+    return {"CPU": num_actors} | ({device: num_devices} if device else {})
+
+
+def _actor_options(
+    config: RunConfig, env_vars: dict[str, str], num_devices: int = 1
+) -> dict[str, Any]:
+    """Ray options of one worker: a CPU slot, its devices where there are any, its environment."""
+    device = get_platform(config.runtime.device).accelerator_resource()
+    if device is None:
+        env_vars = {**env_vars, "CUDA_VISIBLE_DEVICES": ""}  # the CPU was asked for
     options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": env_vars}}
-    if resource == "GPU":
-        options["num_gpus"] = 1
-    elif resource is not None:
-        options["resources"] = {resource: 1}
+    if device == "GPU":
+        options["num_gpus"] = num_devices
+    elif device is not None:
+        options["resources"] = {device: num_devices}
     return options

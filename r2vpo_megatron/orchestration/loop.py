@@ -107,5 +107,6 @@ def _mini_batches(
 
 
 def _is_due(iteration: int, config: RunConfig) -> bool:
+    """Whether to evaluate after this iteration; the last is left to the closing evaluation."""
     every = config.evaluation.every_iterations
-    return every > 0 and iteration % every == 0
+    return every > 0 and iteration % every == 0 and iteration < config.train.num_iterations

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.orchestration.cluster import free_tcp_address
+from r2vpo_megatron.orchestration.cluster import current_node_id, free_tcp_address
 from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest, PackedBatch
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 from r2vpo_megatron.weight_sync import BACKENDS
@@ -26,8 +26,15 @@ class LearnerWorker:
         """A free address on this rank's node."""
         return free_tcp_address()
 
-    def start(self, init_method: str) -> dict[str, int]:
-        """Join the learner's process group and build the model. Collective."""
+    def node_id(self) -> str:
+        """Ray's id of the node this worker is on."""
+        return current_node_id()
+
+    def start(self, init_method: str) -> int:
+        """Join the learner's process group and build the model; this rank's data parallel rank.
+
+        Collective: every rank must call.
+        """
         import torch
 
         from r2vpo_megatron.device import get_platform
@@ -47,15 +54,17 @@ class LearnerWorker:
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
             context=parallel.context,
+            virtual_pipeline=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             init_method=init_method,
+            local_rank=0,  # Ray shows each worker its own devices alone
             timeout_seconds=runtime.timeout_seconds,
+            seed=self._config.train.seed,
         )
-        platform.seed(self._config.train.seed)
         self._actor = MegatronActor(self._config, self._model_dir, state, platform)
         self._sender = BACKENDS[self._config.weight_sync.backend](
             self._config.weight_sync.bucket_bytes
         )
-        return {"data_rank": state.data_rank}
+        return state.data_rank
 
     def compute_logprobs(self, batches: Sequence[PackedBatch]) -> dict[str, FloatArray]:
         """See MegatronActor.compute_logprobs."""
@@ -93,13 +102,16 @@ class LearnerWorker:
 class RolloutWorker:
     """One vLLM engine in its own process."""
 
-    def __init__(self, config: RunConfig, model_dir: Path, engine_index: int) -> None:
+    def __init__(self, config: RunConfig, model_dir: Path) -> None:
         """Remember what `start` needs; vLLM is imported there."""
-        self._config, self._model_dir, self._index = config, model_dir, engine_index
+        self._config, self._model_dir = config, model_dir
+
+    def node_id(self) -> str:
+        """Ray's id of the node this worker is on."""
+        return current_node_id()
 
     def start(self) -> None:
         """Load the checkpoint into the engine."""
-        from r2vpo_megatron.device import get_platform
         from r2vpo_megatron.rollout.vllm_engine import VLLMEngine
 
         rollout = self._config.rollout
@@ -111,7 +123,8 @@ class RolloutWorker:
             max_num_seqs=rollout.max_num_seqs,
             tensor_parallel=rollout.tensor_parallel,
             seed=self._config.train.seed,
-            device_name=get_platform(self._config.runtime.device).name,
+            device_name=self._config.runtime.device,
+            memory_fraction=rollout.memory_fraction,
         )
 
     def generate(

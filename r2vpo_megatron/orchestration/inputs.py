@@ -1,0 +1,149 @@
+"""What a run reads, checked before any process starts: every mistake of the user ends here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.config.sections import require, require_choice
+from r2vpo_megatron.data.chat import ChatTokenizer, tokenize_prompts
+from r2vpo_megatron.data.prompts import load_prompts
+from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.models.spec import ModelSpec, read_model_spec, validate_layout
+from r2vpo_megatron.observability import write_run_config
+from r2vpo_megatron.records import Prompt
+from r2vpo_megatron.rewards import load_reward
+from r2vpo_megatron.rl.objectives import OBJECTIVES
+from r2vpo_megatron.testbed.tiny_model import ensure_tiny_model
+from r2vpo_megatron.weight_sync import BACKENDS
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that can start.
+
+    Attributes:
+        config: resolved: concrete device, absolute paths.
+        recipe: where the configuration came from, `file.py:function`.
+        run_dir: the run's own new folder, holding config.json.
+        model_dir: the checkpoint to start from.
+        spec: its architecture.
+        tokenizer: its tokenizer and chat template.
+        train_prompts, held_out_prompts: tokenised; the latter may be empty.
+    """
+
+    config: RunConfig
+    recipe: str
+    run_dir: Path
+    model_dir: Path
+    spec: ModelSpec
+    tokenizer: ChatTokenizer
+    train_prompts: list[Prompt]
+    held_out_prompts: list[Prompt]
+
+
+def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
+    """Check everything that can be known before processes start, then make the run's folder.
+
+    Raises:
+        ValueError: naming the field, file or line at fault, and what is valid.
+        ModuleNotFoundError: a package that the run will need is missing.
+    """
+    config.validate()
+    _require_packages(config)
+    require_choice("algorithm.objective", config.algorithm.objective, OBJECTIVES)
+    require_choice("weight_sync.backend", config.weight_sync.backend, BACKENDS)
+    load_reward(config.data.reward)
+    # Workers have other working directories, and may see other devices than the driver.
+    device = get_platform(config.runtime.device).name
+    config = replace(config, runtime=replace(config.runtime, device=device))
+    model_dir, train_path, held_out_path = _find_inputs(config)
+    spec = read_model_spec(model_dir)
+    _check_fit(config, spec)
+    tokenizer = ChatTokenizer(model_dir)
+    limit = config.rollout.max_prompt_tokens
+    train_prompts = _read_prompts(train_path, tokenizer, limit)
+    held_out_prompts = _read_prompts(held_out_path, tokenizer, limit) if held_out_path else []
+    run_dir = _make_run_dir(config, recipe)
+    write_run_config(run_dir, config.to_dict(), recipe)
+    return PreparedRun(
+        config=config,
+        recipe=recipe,
+        run_dir=run_dir,
+        model_dir=model_dir,
+        spec=spec,
+        tokenizer=tokenizer,
+        train_prompts=train_prompts,
+        held_out_prompts=held_out_prompts[: config.evaluation.num_prompts],
+    )
+
+
+def _require_packages(config: RunConfig) -> None:
+    """Fail now, and not after hours, where a package that the run will need is missing."""
+    packages = ["vllm", "matplotlib", *(["tensorboard"] if config.output.tensorboard else [])]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
+def _find_inputs(config: RunConfig) -> tuple[Path, str, str]:
+    """Model folder, training prompts, held-out prompts; the testbed's are made if need be."""
+    train_path, held_out_path = config.data.train_prompts, config.data.held_out_prompts
+    if not config.model.testbed:
+        return Path(config.model.path).resolve(), train_path, held_out_path
+    cache = Path(config.output.cache_dir).resolve()
+    print(f"tiny {config.model.testbed} model: from {cache}, or made there (about a minute)")
+    model_dir = ensure_tiny_model(cache, config.model.testbed, seed=config.train.seed)
+    made = json.loads((model_dir / "manifest.json").read_text())["warm_start"]
+    print(
+        f"{model_dir}: warm-started in {made['seconds']:.0f} s to a held-out accuracy of "
+        f"{made['held_out_accuracy_sampled']:.3f} at temperature 1.0"
+    )
+    return (
+        model_dir,
+        train_path or str(model_dir / "train.jsonl"),
+        held_out_path or str(model_dir / "held_out.jsonl"),
+    )
+
+
+def _check_fit(config: RunConfig, spec: ModelSpec) -> None:
+    """Check the layout and the lengths against the model."""
+    parallel = config.parallel
+    validate_layout(
+        spec,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+    )
+    require(
+        config.max_sequence_tokens <= spec.max_positions,
+        "rollout.max_response_tokens",
+        config.rollout.max_response_tokens,
+        f"with rollout.max_prompt_tokens {config.rollout.max_prompt_tokens} at most the model's "
+        f"{spec.max_positions} positions",
+    )
+
+
+def _read_prompts(path: str, tokenizer: ChatTokenizer, max_tokens: int) -> list[Prompt]:
+    prompts, too_long = tokenize_prompts(load_prompts(path), tokenizer, max_tokens)
+    if too_long:
+        print(f"{path}: left out {len(too_long)} prompts of over {max_tokens} tokens")
+    return prompts
+
+
+def _make_run_dir(config: RunConfig, recipe: str) -> Path:
+    """Make the run's folder; a name that is taken is refused, nothing is overwritten."""
+    name = config.output.run_name
+    if not name:
+        function = recipe.rpartition(":")[2] or "run"
+        name = f"{function}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = (Path(config.output.dir) / name).resolve()
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(f"output.run_name = {name!r}: {run_dir} exists; choose another") from None
+    return run_dir
