@@ -34,7 +34,7 @@ def r2vpo_off_policy() -> RunConfig:
         algorithm=AlgorithmConfig(objective="r2vpo"),
         replay=ReplayConfig(capacity_iterations=4, update_to_data=2.0),
         train=TrainConfig(
-            num_iterations=40,
+            num_iterations=30,
             prompts_per_iteration=64,
             responses_per_prompt=8,
             mini_batch_samples=256,
@@ -55,3 +55,53 @@ def r2vpo_on_policy() -> RunConfig:
         train=replace(base.train, mini_batch_samples=base.samples_per_iteration // 4),
         algorithm=replace(base.algorithm, dual_target=0.01),
     )
+
+
+def r2vpo_off_policy_dual() -> RunConfig:
+    """Algorithm 2 with a lambda that steers the ratio's second moment to its target."""
+    base = r2vpo_off_policy()
+    return replace(base, algorithm=replace(base.algorithm, dual_controller="multiplicative"))
+
+
+def grpo_off_policy() -> RunConfig:
+    """GRPO (clip 0.2) on the same buffer."""
+    return _with_objective(r2vpo_off_policy(), "grpo")
+
+
+def grpo_clip_high_off_policy() -> RunConfig:
+    """GRPO with DAPO's clip-higher (0.2, 0.28) on the same buffer."""
+    return _with_objective(r2vpo_off_policy(), "grpo_clip_high")
+
+
+def gppo_off_policy() -> RunConfig:
+    """GPPO on the same buffer."""
+    return _with_objective(r2vpo_off_policy(), "gppo")
+
+
+def topr_off_policy() -> RunConfig:
+    """TOPR on the same buffer."""
+    return _with_objective(r2vpo_off_policy(), "topr")
+
+
+def grpo_on_policy() -> RunConfig:
+    """GRPO (clip 0.2), on-policy as Algorithm 1."""
+    return _with_objective(r2vpo_on_policy(), "grpo")
+
+
+def grpo_clip_high_on_policy() -> RunConfig:
+    """GRPO with DAPO's clip-higher (0.2, 0.28), on-policy as Algorithm 1."""
+    return _with_objective(r2vpo_on_policy(), "grpo_clip_high")
+
+
+def gppo_on_policy() -> RunConfig:
+    """GPPO, on-policy as Algorithm 1."""
+    return _with_objective(r2vpo_on_policy(), "gppo")
+
+
+def topr_on_policy() -> RunConfig:
+    """TOPR, on-policy as Algorithm 1."""
+    return _with_objective(r2vpo_on_policy(), "topr")
+
+
+def _with_objective(config: RunConfig, objective: str) -> RunConfig:
+    return replace(config, algorithm=replace(config.algorithm, objective=objective))
