@@ -16,6 +16,7 @@ from r2vpo_megatron.config import (
     ReplayConfig,
     RolloutConfig,
     RunConfig,
+    RuntimeConfig,
     TrainConfig,
     WeightSyncConfig,
 )
@@ -43,6 +44,7 @@ def r2vpo_off_policy() -> RunConfig:
         parallel=ParallelConfig(tensor=2, max_tokens_per_micro_batch=8192),
         weight_sync=WeightSyncConfig(bucket_bytes=4 << 20),
         evaluation=EvaluationConfig(every_iterations=5, num_prompts=256),
+        runtime=RuntimeConfig(timeout_seconds=300.0),
     )
 
 

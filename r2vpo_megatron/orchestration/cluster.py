@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -38,6 +40,9 @@ def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
     else:
         ray.init(
             address="local",  # RAY_ADDRESS in the environment must not decide
+            # Ray starts workers by `bash -c`, without quoting the interpreter's path
+            # (ray/_private/runtime_env/context.py, exec_worker).
+            runtime_env={"py_executable": shlex.quote(sys.executable)},
             num_cpus=max(os.cpu_count() or 1, resources["CPU"]),
             include_dashboard=False,
             object_store_memory=config.runtime.object_store_bytes,
