@@ -47,6 +47,10 @@ def engine_environment(device_name: str, num_threads: int = 1) -> dict[str, str]
             "OMP_NUM_THREADS": str(num_threads),
             "OMP_WAIT_POLICY": "PASSIVE",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # vLLM compiles a sampler function even in eager mode (batched_count_greater_than).
+            # On a CPU that takes a C++ compiler, and one that finds its headers in a path
+            # with a space.
+            "TORCHDYNAMO_DISABLE": "1",
             # Tensor-parallel workers killed at the end of their grace leave files in /dev/shm.
             "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "60",
         },
