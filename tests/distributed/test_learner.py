@@ -27,7 +27,11 @@ from r2vpo_megatron.config import (
 )
 from r2vpo_megatron.data.packing import pack_trajectories
 from r2vpo_megatron.device import get_platform
-from r2vpo_megatron.parallel.state import destroy_parallel, initialize_parallel
+from r2vpo_megatron.parallel.state import (
+    ParallelState,
+    destroy_parallel,
+    initialize_parallel,
+)
 from r2vpo_megatron.records import Trajectory
 from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_checkpoints import VOCAB_SIZE, save_checkpoint
@@ -101,23 +105,30 @@ def run_config(
     )
 
 
-def learn(
+def start_actor(
     rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
-) -> dict[str, Any]:
-    """Fresh ratios, log-probs, the metrics of two updates and the weights after them."""
+) -> tuple[Any, ParallelState]:
+    """Join the process group and build this rank's learner, as LearnerWorker does."""
     from r2vpo_megatron.learner.megatron_actor import MegatronActor
 
-    platform = get_platform("cpu")
+    platform, parallel = get_platform("cpu"), config.parallel
     state = initialize_parallel(
         platform,
         rank=rank,
         world_size=world_size,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        virtual_pipeline=None if config.parallel.virtual_pipeline == 1 else 2,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         init_method=init_method,
     )
-    actor = MegatronActor(config, model_dir, state, platform)
+    return MegatronActor(config, model_dir, state, platform), state
+
+
+def learn(
+    rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
+) -> dict[str, Any]:
+    """Fresh ratios, log-probs, the metrics of two updates and the weights after them."""
+    actor, state = start_actor(rank, world_size, init_method, config, model_dir)
 
     def pack(trajectories: list[Trajectory]) -> Any:
         return pack_trajectories(
@@ -258,19 +269,7 @@ def first_update_on_fresh_data(
     rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
 ) -> tuple[float, float]:
     """Largest deviation of a ratio from 1, with the learner's own log-probs as denominator."""
-    from r2vpo_megatron.learner.megatron_actor import MegatronActor
-
-    platform = get_platform("cpu")
-    state = initialize_parallel(
-        platform,
-        rank=rank,
-        world_size=world_size,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        virtual_pipeline=None if config.parallel.virtual_pipeline == 1 else 2,
-        init_method=init_method,
-    )
-    actor = MegatronActor(config, model_dir, state, platform)
+    actor, _ = start_actor(rank, world_size, init_method, config, model_dir)
     trajectories = make_trajectories()
     budget = config.parallel.max_tokens_per_micro_batch
     batches = pack_trajectories(
@@ -312,13 +311,7 @@ def update_with_poison(
     model_dir: Path,
     advantage: float,
 ) -> tuple[str, bool]:
-    from r2vpo_megatron.learner.megatron_actor import MegatronActor
-
-    platform = get_platform("cpu")
-    state = initialize_parallel(
-        platform, rank=rank, world_size=world_size, tensor=2, init_method=init_method
-    )
-    actor = MegatronActor(config, model_dir, state, platform)
+    actor, _ = start_actor(rank, world_size, init_method, config, model_dir)
     before = [tensor.clone() for _, tensor in actor.hf_weights() if tensor is not None]
     poisoned = [replace(trajectory, advantage=advantage) for trajectory in make_trajectories()]
     batches = pack_trajectories(poisoned, max_tokens_per_micro_batch=64, num_data_parallel_ranks=1)[

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from r2vpo_megatron.rollout.vllm_engine import engine_environment
 from r2vpo_megatron.testbed.tiny_model import make_tiny_model
 
 REPO = Path(__file__).resolve().parents[2]
@@ -180,6 +181,7 @@ def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
     assert_final_weights(folder / "hf", tiny_model)
+    assert_vllm_serves(folder / "hf")
 
 
 def assert_final_weights(final: Path, initial: Path) -> None:
@@ -195,6 +197,44 @@ def assert_final_weights(final: Path, initial: Path) -> None:
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in before if name.endswith("proj.weight")} <= moved
     assert all(torch.isfinite(parameter).all() for parameter in after.values())
+
+
+GREEDY_IN_VLLM_AND_TRANSFORMERS = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+from r2vpo_megatron.models.pangu_hf import register_with_transformers
+from r2vpo_megatron.records import GenerationRequest
+from r2vpo_megatron.rollout.sampling import SamplingSettings
+from r2vpo_megatron.rollout.vllm_engine import VLLMEngine
+
+folder, prompt = sys.argv[1], [5, 6, 7, 8]
+engine = VLLMEngine(folder, max_model_len=32, kv_cache_bytes=16 << 20)
+request = GenerationRequest("sample", tuple(prompt), seed=0)
+(served,) = engine.generate([request], SamplingSettings(max_response_tokens=12, greedy=True))
+engine.shutdown()
+register_with_transformers()
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = list(prompt)
+for _ in range(12):
+    ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+print("served", list(served.token_ids))
+assert list(served.token_ids) == ids[4:], ids[4:]
+"""
+
+
+def assert_vllm_serves(final: Path) -> None:
+    """vLLM opens the exported folder and decodes greedily what transformers does."""
+    done = subprocess.run(
+        [sys.executable, "-c", GREEDY_IN_VLLM_AND_TRANSFORMERS, str(final)],
+        cwd=REPO,
+        env={**os.environ, **engine_environment("cpu")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "served [" in done.stdout
 
 
 @pytest.mark.parametrize(
