@@ -34,6 +34,7 @@ def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
     Raises:
         RuntimeError: the cluster has less than that.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.runtime.ray_address:
         ray.init(address=config.runtime.ray_address, **options)
