@@ -91,7 +91,8 @@ class MegatronActor:
             ratio_penalty: lambda of this update.
 
         Returns:
-            Loss, ratio statistics and gradient norm of the global batch, the same on every rank.
+            Mean weighted objective, ratio statistics and gradient norm of the global batch, the
+            same on every rank.
 
         Raises:
             FloatingPointError: on every rank alike, before any weight is changed, where the
@@ -112,7 +113,7 @@ class MegatronActor:
         self._num_updates += 1
         return {
             **statistics.metrics(),
-            "objective/sum": statistics.objective,
+            "objective/per_token": statistics.objective / max(statistics.tokens, 1.0),
             "optimizer/gradient_norm": gradient_norm,
             "optimizer/lr": lr,
         }

@@ -46,7 +46,7 @@ class TrainableModel:
             group["lr"] = lr
         with self.platform.optimizer_context():
             # Optimizer.step would go on with a norm that is not finite: without a loss scaler
-            # Megatron does not look at it.
+            # Megatron does not look at it. It computes the norm again; a pass over the gradients.
             self.optimizer.prepare_grads()
             gradient_norm = float(self.optimizer.get_grad_norm())
             if not math.isfinite(gradient_norm):
@@ -99,6 +99,10 @@ def make_trainable(
             ),
             chunks,
         )
+    for group in optimizer.param_groups:
+        # Megatron leaves biases and norms out of weight decay by this factor, which only its
+        # OptimizerParamScheduler would apply.
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.grad_scale_func = optimizer.scale_loss
     transformer_config.no_sync_func = None

@@ -14,8 +14,8 @@ def reduce_statistics(vectors_MK: Tensor, state: ParallelState) -> RatioStatisti
     """Merge the statistics of one optimizer step over all ranks, identically on each.
 
     The vectors are gathered over data x context parallel ranks of the last stage and summed in
-    rank order in float64 on the host: exact, the same bits on every rank, and without fp64
-    collectives, which HCCL lacks. Each float64 sum travels as two fp32 numbers. Tensor parallel
+    rank order in float64 on the host: the same bits on every rank, and without fp64 collectives,
+    which HCCL lacks. Each float64 sum travels as two fp32 numbers, 48 bits of it. Tensor parallel
     ranks hold duplicates and never take part. Pipeline stages then get the last stage's result.
 
     Collective: every rank must call, also one whose batch was empty.

@@ -19,12 +19,14 @@ class DualSettings:
 
     Attributes:
         target: delta, the second moment aimed at.
-        step_size: eta (paper) or gain k (multiplicative).
+        step_size: eta, lambda's step per unit of violation (paper).
+        gain: k, the step of log lambda per relative violation (multiplicative).
         minimum, maximum: bounds of lambda for the multiplicative controller.
     """
 
     target: float
     step_size: float
+    gain: float
     minimum: float
     maximum: float
 
@@ -45,7 +47,7 @@ def multiplicative(ratio_penalty: float, second_moment: float, settings: DualSet
     lambda itself is the integrator and is clipped, so it cannot wind up beyond its bounds; the
     step is bounded so that one outlier batch cannot throw it across them.
     """
-    step = settings.step_size * (second_moment / settings.target - 1.0)
+    step = settings.gain * (second_moment / settings.target - 1.0)
     step = min(max(step, -MAX_LOG_STEP), MAX_LOG_STEP)
     start = max(ratio_penalty, settings.minimum)
     return min(max(start * math.exp(step), settings.minimum), settings.maximum)

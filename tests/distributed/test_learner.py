@@ -303,6 +303,30 @@ def test_ratio_is_one_on_fresh_data(layout, checkpoint):
         assert deviation < 1e-5
 
 
+def decay_alone(
+    rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Weights before and after an update whose gradient is zero."""
+    actor, _ = start_actor(rank, world_size, init_method, config, model_dir)
+    before = {name: tensor.clone() for name, tensor in actor.hf_weights() if tensor is not None}
+    still = [replace(trajectory, advantage=0.0) for trajectory in make_trajectories()]
+    batches = pack_trajectories(still, max_tokens_per_micro_batch=64, num_data_parallel_ranks=1)[0]
+    actor.update(batches, ratio_penalty=0.0)
+    after = {name: tensor.clone() for name, tensor in actor.hf_weights() if tensor is not None}
+    destroy_parallel()
+    return {name: (before[name], after[name]) for name in before}
+
+
+def test_weight_decay_spares_biases_and_norms(checkpoint):
+    config = run_config(ParallelConfig())
+    config = replace(config, optimizer=replace(config.optimizer, lr=0.5, weight_decay=0.2))
+    (weights,) = run_ranks(1, decay_alone, config, checkpoint[0])
+    for name, (before, after) in weights.items():
+        spared = name.endswith(".bias") or "norm" in name
+        expected = before if spared else before * (1 - 0.5 * 0.2)
+        torch.testing.assert_close(after, expected, msg=name)
+
+
 def update_with_poison(
     rank: int,
     world_size: int,

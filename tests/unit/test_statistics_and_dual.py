@@ -106,18 +106,19 @@ def test_equal_rewards_have_no_advantage_at_all(reward, size):
     assert group_advantages([reward] * size) == [0.0] * size
 
 
-def settings(step_size, minimum=1e-3, maximum=1e3):
-    return DualSettings(target=0.04, step_size=step_size, minimum=minimum, maximum=maximum)
+def settings(step_size=math.nan, gain=math.nan):
+    """Each controller must read its own number: the other's is not one."""
+    return DualSettings(target=0.04, step_size=step_size, gain=gain, minimum=1e-3, maximum=1e3)
 
 
 def test_dual_steps_by_hand():
-    assert fixed(0.04, 9.0, settings(1.0)) == 0.04
-    assert paper(0.04, 0.05, settings(1e-3)) == pytest.approx(0.04001)
-    assert paper(1e-6, 0.0, settings(1e-3)) == 0.0
-    assert multiplicative(0.5, 0.08, settings(0.2)) == pytest.approx(0.5 * math.exp(0.2))
-    assert multiplicative(0.5, 0.04, settings(0.2)) == 0.5
-    assert multiplicative(900.0, 40.0, settings(0.2)) == 1e3
-    assert multiplicative(0.0, 0.0, settings(0.2)) == 1e-3
+    assert fixed(0.04, 9.0, settings()) == 0.04
+    assert paper(0.04, 0.05, settings(step_size=1e-3)) == pytest.approx(0.04001)
+    assert paper(1e-6, 0.0, settings(step_size=1e-3)) == 0.0
+    assert multiplicative(0.5, 0.08, settings(gain=0.2)) == pytest.approx(0.5 * math.exp(0.2))
+    assert multiplicative(0.5, 0.04, settings(gain=0.2)) == 0.5
+    assert multiplicative(900.0, 40.0, settings(gain=0.2)) == 1e3
+    assert multiplicative(0.0, 0.0, settings(gain=0.2)) == 1e-3
 
 
 @pytest.mark.parametrize("start", [1e-3, 0.04, 50.0])
@@ -128,7 +129,7 @@ def test_multiplicative_control_reaches_its_target_and_stays(start):
     for _ in range(120):
         steady = 0.3 / (1.0 + 12.0 * ratio_penalty)
         second_moment += 0.5 * (steady * (1 + 0.05 * torch.randn(()).item()) - second_moment)
-        ratio_penalty = multiplicative(ratio_penalty, second_moment, settings(0.25))
+        ratio_penalty = multiplicative(ratio_penalty, second_moment, settings(gain=0.25))
         trace.append(second_moment)
     late = trace[50:]
     assert sum(late) / len(late) == pytest.approx(0.04, rel=0.05)

@@ -3,8 +3,8 @@
     surrogate  = rho A - lambda (rho - 1)^2
     g          = rho (A - 2 lambda (rho - 1))
 
-Nothing is cut off, so tokens far from the behaviour policy keep a gradient: toward their
-advantage while rho < 1 + A / (2 lambda), and back toward the behaviour policy beyond it.
+Nothing is cut off: a token far from the behaviour policy is still pushed, in its advantage's
+direction while rho < 1 + A / (2 lambda), and back toward the behaviour policy beyond that.
 """
 
 from __future__ import annotations
