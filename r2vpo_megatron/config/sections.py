@@ -145,11 +145,6 @@ class AlgorithmConfig:
             "algorithm.advantage", self.advantage, ("group_normalized", "group_centered")
         )
         require_choice(
-            "algorithm.aggregation",
-            self.aggregation,
-            ("token_mean", "sequence_mean", "token_sum"),
-        )
-        require_choice(
             "algorithm.behavior_logprobs", self.behavior_logprobs, ("learner", "rollout")
         )
         require_choice(

@@ -37,20 +37,20 @@ def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.runtime.ray_address:
-        ray.init(address=config.runtime.ray_address, **options)
+        options["address"] = config.runtime.ray_address
     else:
-        ray.init(
-            address="local",  # RAY_ADDRESS in the environment must not decide
+        options |= {
+            "address": "local",  # RAY_ADDRESS in the environment must not decide
             # Ray starts workers by `bash -c`, without quoting the interpreter's path
             # (ray/_private/runtime_env/context.py, exec_worker).
-            runtime_env={"py_executable": shlex.quote(sys.executable)},
-            num_cpus=max(os.cpu_count() or 1, resources["CPU"]),
-            include_dashboard=False,
-            object_store_memory=config.runtime.object_store_bytes,
-            **options,
-        )
+            "runtime_env": {"py_executable": shlex.quote(sys.executable)},
+            "num_cpus": max(os.cpu_count() or 1, resources["CPU"]),
+            "include_dashboard": False,
+            "object_store_memory": config.runtime.object_store_bytes,
+        }
     try:
-        with _terminate_by_exception():
+        ray.init(**options)
+        with _terminate_by_exception():  # after init, which installs a handler of its own
             _require_resources(resources)
             yield
     finally:

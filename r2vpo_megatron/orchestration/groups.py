@@ -6,6 +6,7 @@ deadline and returns plain values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from r2vpo_megatron.orchestration.workers import LearnerWorker, RolloutWorker
 from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest, Trajectory
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 from r2vpo_megatron.rollout.vllm_engine import engine_environment
+from r2vpo_megatron.weight_sync.protocol import WeightBucket
 
 
 class LearnerGroup:
@@ -35,16 +37,18 @@ class LearnerGroup:
             worker.options(**_actor_options(config, threads)).remote(config, model_dir, rank)
             for rank in range(config.parallel.num_ranks)
         ]
+        self._starts: list[Any] = []
         self._data_ranks: list[int] = []
 
-    def start(self) -> list[Any]:
-        """Begin building the model in every rank; resolves to each rank's data parallel rank."""
+    def begin_start(self) -> list[Any]:
+        """Begin building the model in every rank; references to wait for."""
         init_method = ray.get(self._ranks[0].rendezvous_address.remote(), timeout=self._timeout)
-        return [rank.start.remote(init_method) for rank in self._ranks]
+        self._starts = [rank.start.remote(init_method) for rank in self._ranks]
+        return self._starts
 
-    def started(self, data_ranks: list[int]) -> None:
-        """Take note of what `start` resolved to."""
-        self._data_ranks = data_ranks
+    def finish_start(self) -> None:
+        """Wait until every rank is ready, and learn which batches it wants."""
+        self._data_ranks = ray.get(self._starts, timeout=self._timeout)
 
     def node_id(self) -> str:
         """The node of rank 0, which sends the weights."""
@@ -73,15 +77,15 @@ class LearnerGroup:
         """
         writer, *others = self._ranks
         joined = [rank.join_weight_push.remote() for rank in others]
-        rollout.weight_update("begin_weight_update", version)
+        rollout.begin_weight_update(version)
         metrics: dict[str, float] = {}
         wait_for(writer.open_weight_push.remote(version), joined, self._timeout)
         while bucket := wait_for(writer.next_weight_bucket.remote(), joined, self._timeout):
-            for name, value in rollout.weight_update("load_weight_bucket", bucket).items():
+            for name, value in rollout.load_weight_bucket(bucket).items():
                 metrics[name] = metrics.get(name, 0.0) + value
         checksum, sent = wait_for(writer.close_weight_push.remote(), joined, self._timeout)
         ray.get(joined, timeout=self._timeout)
-        finished = rollout.weight_update("finish_weight_update", version, checksum)
+        finished = rollout.finish_weight_update(version, checksum)
         return {**metrics, **finished, **sent}
 
     def _call(self, method: str, *args: Any) -> list[Any]:
@@ -126,8 +130,8 @@ class RolloutGroup:
             for _ in range(config.rollout.num_engines)
         ]
 
-    def start(self) -> list[Any]:
-        """Begin loading the model in every engine."""
+    def begin_start(self) -> list[Any]:
+        """Begin loading the model in every engine; references to wait for."""
         return [engine.start.remote() for engine in self._engines]
 
     def node_ids(self) -> set[str]:
@@ -139,11 +143,15 @@ class RolloutGroup:
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
     ) -> list[Generation]:
-        """Sample one response per request, in the order of the requests."""
-        num_engines = len(self._engines)
+        """Sample one response per request, in the order of the requests.
+
+        Consecutive requests go to one engine, so that the responses of a group share the cache
+        of their prompt.
+        """
+        share = math.ceil(len(requests) / len(self._engines))
         parts = ray.get(
             [
-                engine.generate.remote(requests[index::num_engines], sampling)
+                engine.generate.remote(requests[index * share : (index + 1) * share], sampling)
                 for index, engine in enumerate(self._engines)
             ],
             timeout=self._timeout,
@@ -151,12 +159,25 @@ class RolloutGroup:
         by_sample = {generation.sample_id: generation for part in parts for generation in part}
         return [by_sample[request.sample_id] for request in requests]
 
-    def weight_update(self, method: str, *args: Any) -> dict[str, float]:
-        """Call one of the engines' weight update methods on all; the slowest engine's times."""
-        results = ray.get(
-            [engine.weight_update.remote(method, *args) for engine in self._engines],
+    def begin_weight_update(self, version: int) -> None:
+        """Open a push on every engine."""
+        ray.get(
+            [engine.begin_weight_update.remote(version) for engine in self._engines],
             timeout=self._timeout,
         )
+
+    def load_weight_bucket(self, bucket: WeightBucket) -> dict[str, float]:
+        """Load one bucket into every engine; the slowest engine's times."""
+        return self._slowest([engine.load_weight_bucket.remote(bucket) for engine in self._engines])
+
+    def finish_weight_update(self, version: int, checksum: int) -> dict[str, float]:
+        """Verify and activate the push on every engine; the slowest engine's times."""
+        return self._slowest(
+            [engine.finish_weight_update.remote(version, checksum) for engine in self._engines]
+        )
+
+    def _slowest(self, references: list[Any]) -> dict[str, float]:
+        results = ray.get(references, timeout=self._timeout)
         return {name: max(result[name] for result in results) for name in results[0]}
 
     def stop(self, timeout_seconds: float) -> None:

@@ -17,6 +17,7 @@ from r2vpo_megatron.models.spec import ModelSpec, read_model_spec, validate_layo
 from r2vpo_megatron.observability import write_run_config
 from r2vpo_megatron.records import Prompt
 from r2vpo_megatron.rewards import load_reward
+from r2vpo_megatron.rl.aggregation import AGGREGATIONS
 from r2vpo_megatron.rl.objectives import OBJECTIVES
 from r2vpo_megatron.testbed.tiny_model import ensure_tiny_model
 from r2vpo_megatron.weight_sync import BACKENDS
@@ -56,6 +57,7 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     config.validate()
     _require_packages(config)
     require_choice("algorithm.objective", config.algorithm.objective, OBJECTIVES)
+    require_choice("algorithm.aggregation", config.algorithm.aggregation, AGGREGATIONS)
     require_choice("weight_sync.backend", config.weight_sync.backend, BACKENDS)
     load_reward(config.data.reward)
     # Workers have other working directories, and may see other devices than the driver.
@@ -118,6 +120,13 @@ def _check_fit(config: RunConfig, spec: ModelSpec) -> None:
         parallel.tensor,
         parallel.pipeline,
         parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+    )
+    rollout_tensor = config.rollout.tensor_parallel
+    require(
+        spec.num_heads % rollout_tensor == 0,
+        "rollout.tensor_parallel",
+        rollout_tensor,
+        f"a divisor of the model's {spec.num_heads} attention heads",
     )
     require(
         config.max_sequence_tokens <= spec.max_positions,

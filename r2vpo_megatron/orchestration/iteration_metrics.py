@@ -14,7 +14,7 @@ Metrics = dict[str, float]
 def merge_updates(updates: Sequence[Metrics]) -> Metrics:
     """One value per metric over an iteration's updates: extremes of extremes, else the mean.
 
-    Lambda is the last update's, the one that the next would start from.
+    Lambda is the one that the last update used.
     """
     if not updates:
         return {"updates/num": 0.0}

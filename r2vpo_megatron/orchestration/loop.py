@@ -53,10 +53,13 @@ def train(config: RunConfig, ring: Ring, timers: StageTimers) -> Iterator[Metric
     dual = DualSettings(
         target=algorithm.dual_target,
         step_size=algorithm.dual_step_size,
+        gain=algorithm.dual_gain,
         minimum=algorithm.ratio_penalty_min,
         maximum=algorithm.ratio_penalty_max,
     )
     ratio_penalty = algorithm.ratio_penalty  # lambda
+    has_penalty = algorithm.objective == "r2vpo"
+    is_first_update = True
 
     for iteration in range(1, config.train.num_iterations + 1):
         # Sample G responses per prompt from pi_off, score them, and keep log pi_off.
@@ -75,9 +78,10 @@ def train(config: RunConfig, ring: Ring, timers: StageTimers) -> Iterator[Metric
                 samples, batch_size, algorithm.filter_zero_advantage_groups
             ):
                 update = ring.learner.update(mini_batch, ratio_penalty)
-                if iteration == 1 and not updates:
+                if is_first_update:
                     check_first_update(update, config)
-                updates.append({**update, "ratio/penalty": ratio_penalty})
+                    is_first_update = False
+                updates.append(update | ({"ratio/penalty": ratio_penalty} if has_penalty else {}))
                 ratio_penalty = step_dual(ratio_penalty, update["ratio/second_moment"], dual)
 
         # The engines sample the next iteration from the new weights.

@@ -51,10 +51,10 @@ def _workers(run: PreparedRun) -> Iterator[tuple[LearnerGroup, RolloutGroup]]:
         learner, rollout = LearnerGroup(config, run.model_dir), RolloutGroup(config, run.model_dir)
         try:
             _require_shared_memory(run, learner, rollout)
-            learner_starts, rollout_starts = learner.start(), rollout.start()
-            timeout = config.runtime.timeout_seconds
-            results = ray.get(learner_starts + rollout_starts, timeout=timeout)
-            learner.started(results[: len(learner_starts)])
+            # Side by side, and the first error of either ends the wait.
+            starts = learner.begin_start() + rollout.begin_start()
+            ray.get(starts, timeout=config.runtime.timeout_seconds)
+            learner.finish_start()
             yield learner, rollout
         finally:
             rollout.stop(STOP_SECONDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.orchestration.cluster import current_node_id, free_tcp_address
@@ -133,9 +132,17 @@ class RolloutWorker:
         """See RolloutEngine.generate."""
         return self._engine.generate(requests, sampling)
 
-    def weight_update(self, method: str, *args: Any) -> dict[str, float]:
-        """One of the engine's weight update calls; its metrics, if any."""
-        return getattr(self._engine, method)(*args) or {}
+    def begin_weight_update(self, version: int) -> None:
+        """See RolloutEngine.begin_weight_update."""
+        self._engine.begin_weight_update(version)
+
+    def load_weight_bucket(self, bucket: WeightBucket) -> dict[str, float]:
+        """See VLLMEngine.load_weight_bucket."""
+        return self._engine.load_weight_bucket(bucket)
+
+    def finish_weight_update(self, version: int, checksum: int) -> dict[str, float]:
+        """See RolloutEngine.finish_weight_update."""
+        return self._engine.finish_weight_update(version, checksum)
 
     def stop(self) -> None:
         """End the engine's own processes."""

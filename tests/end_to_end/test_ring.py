@@ -8,6 +8,7 @@ shared-memory segments.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from r2vpo_megatron.rollout.vllm_engine import engine_environment
 from r2vpo_megatron.testbed.tiny_model import make_tiny_model
@@ -40,10 +42,10 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["untied"])
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("model") / "pangu"
-    make_tiny_model(folder, "pangu", warm_start=False)
+    make_tiny_model(folder, "pangu", tied=request.param == "tied", warm_start=False)
     return folder
 
 
@@ -153,7 +155,9 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "updates", "age"), [("r2vpo_off_policy", 4, 0.5), ("r2vpo_on_policy", 2, 0.0)]
+    ("recipe", "updates", "age", "tiny_model"),
+    [("r2vpo_off_policy", 4, 0.5, "untied"), ("r2vpo_on_policy", 2, 0.0, "tied")],
+    indirect=["tiny_model"],
 )
 def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
     run = start(recipe)
@@ -170,7 +174,7 @@ def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
         assert line["logprob_gap/max"] < 1e-3  # fp32 on both sides
         assert line["evaluation/accuracy"] >= 0
         assert line["response/max_tokens"] <= 12
-        assert line["weight_sync/num_tensors"] == 3 + 4 * 13
+        assert line["weight_sync/num_tensors"] == len(load_file(tiny_model / "model.safetensors"))
     assert lines[2]["replay/age_mean"] == age
     assert lines[0]["evaluation/accuracy_greedy"] >= 0
     assert lines[2]["evaluation/accuracy_greedy"] >= 0
@@ -182,6 +186,19 @@ def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
     assert list((folder / "tensorboard").iterdir())
     assert_final_weights(folder / "hf", tiny_model)
     assert_vllm_serves(folder / "hf")
+
+
+def test_a_dual_controller_moves_lambda_on_the_engines_logprobs(start, tmp_path):
+    run = start(
+        "r2vpo_off_policy_dual",
+        **{"algorithm.behavior-logprobs": "rollout", "algorithm.dual-target": "1e6"},
+    )
+    assert run.process.wait(timeout=240) == 0, run.text()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    # Nothing comes near this target: each update lowers lambda by exp(-0.2), the default gain.
+    # The eighth update used what seven had left.
+    assert lines[2]["ratio/penalty"] == pytest.approx(0.04 * math.exp(-0.2 * 7), rel=1e-3)
+    assert lines[2]["ratio/target"] == 1e6
 
 
 def assert_final_weights(final: Path, initial: Path) -> None:
