@@ -35,9 +35,8 @@ format: setup  ## format the code and fix what ruff can
 	@$(VENV_PYTHON) -m ruff format .
 
 bench: setup  ## run every benchmark in benchmarks/, each printing a table
-	@for script in benchmarks/bench_*.py; do \
-		[ -e "$$script" ] || { echo "benchmarks/ has no bench_*.py"; exit 0; }; \
-		echo "== $$script"; $(VENV_PYTHON) "$$script" || exit; \
+	@for script in benchmarks/*.py; do \
+		echo "== $$script"; PYTHONPATH=. $(VENV_PYTHON) "$$script" $(ARGS) || exit; \
 	done
 
 clean:  ## remove caches and build products; .venv and outputs/ stay

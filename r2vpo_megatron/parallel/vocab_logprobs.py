@@ -58,7 +58,7 @@ def vocab_parallel_logprobs(
     shard: VocabularyShard,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 256,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target under softmax(hidden weight^T / temperature), and the entropy.
@@ -137,8 +137,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             columns_C, is_here_C = _local_targets(targets_C, shard)
             target_C = logits_CV.gather(1, columns_C.unsqueeze(1)).squeeze(1)
             maximum_C = logits_CV.amax(dim=1)
-            weights_CV = torch.exp(logits_CV - maximum_C.unsqueeze(1))
-            weighted_C = (weights_CV * logits_CV).sum(dim=1) if with_entropy else maximum_C
+            if with_entropy:
+                weights_CV = torch.exp(logits_CV - maximum_C.unsqueeze(1))
+                weighted_C = logits_CV.mul_(weights_CV).sum(dim=1)
+            else:
+                weights_CV = logits_CV.sub_(maximum_C.unsqueeze(1)).exp_()
+                weighted_C = maximum_C
             local = [
                 maximum_C,
                 weights_CV.sum(dim=1),
