@@ -286,6 +286,11 @@ class ParallelConfig:
         require_choice("parallel.recompute", self.recompute, ("none", "core_attn", "mlp", "full"))
 
     @property
+    def interleaved_chunks(self) -> int | None:
+        """`virtual_pipeline` as Megatron takes it: None where nothing is interleaved."""
+        return self.virtual_pipeline if self.virtual_pipeline > 1 else None
+
+    @property
     def num_ranks(self) -> int:
         """Processes of the learner."""
         return self.tensor * self.pipeline * self.context * self.data

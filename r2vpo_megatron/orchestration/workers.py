@@ -53,7 +53,7 @@ class LearnerWorker:
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
             context=parallel.context,
-            virtual_pipeline=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            virtual_pipeline=parallel.interleaved_chunks,
             init_method=init_method,
             local_rank=0,  # Ray shows each worker its own devices alone
             timeout_seconds=runtime.timeout_seconds,

@@ -118,7 +118,7 @@ def start_actor(
         world_size=world_size,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        virtual_pipeline=parallel.interleaved_chunks,
         init_method=init_method,
     )
     return MegatronActor(config, model_dir, state, platform), state
