@@ -28,7 +28,7 @@ class LearnerGroup:
     """All Megatron ranks of the learner."""
 
     def __init__(self, config: RunConfig, model_dir: Path) -> None:
-        """Create the ranks' processes; `start` builds the model in them."""
+        """Create the ranks' processes; `begin_start` builds the model in them."""
         self._config = config
         self._timeout = config.runtime.timeout_seconds
         threads = {"OMP_NUM_THREADS": str(config.parallel.threads_per_rank)}
@@ -66,7 +66,7 @@ class LearnerGroup:
 
     def save_hf(self, output_dir: Path) -> None:
         """Write the weights as a Hugging Face checkpoint."""
-        self._call("save_hf", output_dir)
+        ray.get([rank.save_hf.remote(output_dir) for rank in self._ranks], timeout=self._timeout)
 
     def push_weights(self, rollout: RolloutGroup, version: int) -> dict[str, float]:
         """Stream the current weights to every engine, bucket by bucket, as `version`.
@@ -87,12 +87,6 @@ class LearnerGroup:
         ray.get(joined, timeout=self._timeout)
         finished = rollout.finish_weight_update(version, checksum)
         return {**metrics, **finished, **sent}
-
-    def _call(self, method: str, *args: Any) -> list[Any]:
-        results: list[Any] = ray.get(
-            [getattr(rank, method).remote(*args) for rank in self._ranks], timeout=self._timeout
-        )
-        return results
 
     def _call_with_batches(
         self, method: str, trajectories: Sequence[Trajectory], *args: Any
@@ -120,7 +114,7 @@ class RolloutGroup:
     """All rollout engines, data parallel."""
 
     def __init__(self, config: RunConfig, model_dir: Path) -> None:
-        """Create the engines' processes; `start` loads the model in them."""
+        """Create the engines' processes; `begin_start` loads the model in them."""
         self._timeout = config.runtime.timeout_seconds
         environment = engine_environment(config.runtime.device, config.rollout.threads_per_engine)
         options = _actor_options(config, environment, config.rollout.tensor_parallel)
