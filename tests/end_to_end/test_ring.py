@@ -255,13 +255,26 @@ def assert_vllm_serves(final: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop_signal", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
+    ("send", "stop_signal", "codes"),
+    [
+        pytest.param(os.killpg, signal.SIGINT, {130}, id="ctrl-c"),
+        pytest.param(os.kill, signal.SIGTERM, {128 + signal.SIGTERM}, id="kill"),
+        # Ray's daemons are in the group and do not block this signal. A driver that speaks to its
+        # raylet after that one has gone is ended by Ray at once, with code 1.
+        pytest.param(
+            os.killpg,
+            signal.SIGTERM,
+            {128 + signal.SIGTERM, 1},
+            id="kill-group",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
-def test_a_signal_leaves_nothing(start, tmp_path, stop_signal, code):
+def test_a_signal_leaves_nothing(start, tmp_path, send, stop_signal, codes):
     run = start("r2vpo_off_policy", **{"train.num-iterations": "1000"})
     run.wait_for("iteration 1/1000", seconds=240)
-    os.killpg(run.process.pid, stop_signal)
-    assert run.process.wait(timeout=60) == code, run.text()
+    send(run.process.pid, stop_signal)
+    assert run.process.wait(timeout=60) in codes, run.text()
     run.assert_nothing_left()
     assert "Traceback" not in run.text()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
