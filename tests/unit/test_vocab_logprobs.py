@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from r2vpo_megatron.parallel.vocab_logprobs import VocabularyShard, vocab_parallel_logprobs
+from r2vpo_megatron.parallel import vocab_logprobs
+from r2vpo_megatron.parallel.vocab_logprobs import (
+    ExpectedSlopes,
+    VocabularyShard,
+    vocab_parallel_logprobs,
+)
 
 
 def reference(hidden, weight, targets, vocab_size, temperature):
@@ -105,3 +110,91 @@ def test_shards_of_a_padded_vocabulary():
         (256, 44),
         (384, 0),
     ]
+
+
+def penalised(logprobs: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """A loss whose derivative depends on the log-probs, as an objective's does."""
+    return ((logprobs - start).exp() * torch.linspace(-1, 2, len(start))).sum()
+
+
+def penalised_slopes(logprobs: torch.Tensor, start: torch.Tensor, part: slice) -> torch.Tensor:
+    weights = torch.linspace(-1, 2, len(start))
+    return (logprobs - start[part]).exp() * weights[part]
+
+
+@pytest.mark.parametrize("has_main_grad", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64])
+def test_one_pass_equals_the_general_path(chunk_tokens, has_main_grad):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(23, 16), torch.randn(128, 16)
+    targets, start = torch.randint(0, 100, (23,)), torch.randn(23) * 0.1 - 5
+    shard, mismatches, results = VocabularyShard.of_rank(100, 128, 0, None), [], []
+    for is_one_pass in (False, True):
+        h, w = (x.clone().requires_grad_() for x in (hidden, weight))
+        if has_main_grad:
+            w.main_grad = torch.full((128, 16), 0.5)  # of an earlier micro-batch
+        expected = ExpectedSlopes(
+            lambda logprobs, part: penalised_slopes(logprobs, start, part), mismatches.append
+        )
+        logprobs, entropy = vocab_parallel_logprobs(
+            h,
+            w,
+            targets,
+            shard,
+            temperature=0.7,
+            chunk_tokens=chunk_tokens,
+            with_entropy=True,
+            expected=expected if is_one_pass else None,
+        )
+        penalised(logprobs, start).backward()
+        if has_main_grad:
+            assert w.grad is None  # Megatron's hook would add it a second time
+        results.append((logprobs, entropy, h.grad, w.main_grad - 0.5 if has_main_grad else w.grad))
+    for general, one_pass in zip(*results, strict=True):
+        torch.testing.assert_close(one_pass, general, rtol=1e-6, atol=1e-6)
+    assert results[0][3].abs().max() > 0.1
+    assert len(mismatches) == 1
+    assert mismatches[0] < 1e-6
+
+
+def test_one_pass_reports_slopes_it_was_not_told_of():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    mismatches = []
+    logprobs, _ = vocab_parallel_logprobs(
+        hidden,
+        weight,
+        torch.arange(6),
+        VocabularyShard.of_rank(8, 8, 0, None),
+        expected=ExpectedSlopes(lambda logprobs, _: torch.ones_like(logprobs), mismatches.append),
+    )
+    (1.25 * logprobs.sum()).backward()
+    assert mismatches[0].item() == pytest.approx(0.25)
+
+
+def test_a_token_that_is_all_but_certain_keeps_its_small_logprob():
+    """log p = -1.2e-4 beside a logit of 1000, where fp32 numbers are 6e-5 apart."""
+    hidden = torch.ones(1, 1)
+    weight = torch.tensor([[1000.0], [991.0], [900.0]])
+    shard = VocabularyShard.of_rank(3, 3, 0, None)
+    logprobs, _ = vocab_parallel_logprobs(hidden, weight, torch.tensor([0]), shard)
+    expected = weight.double().t().log_softmax(dim=1)[0, 0].item()
+    assert logprobs.item() <= 0
+    assert logprobs.item() == pytest.approx(expected, rel=2e-3)
+
+
+def test_chunks_bound_the_logits(monkeypatch):
+    """As many tokens at a time as CHUNK_BYTES of fp32 logits hold."""
+    sizes = []
+    original = vocab_logprobs._softmax_
+
+    def spy(logits, *args):
+        sizes.append(logits.shape)
+        return original(logits, *args)
+
+    monkeypatch.setattr(vocab_logprobs, "_softmax_", spy)
+    monkeypatch.setattr(vocab_logprobs, "CHUNK_BYTES", 4 * 128 * 10 + 1)
+    shard = VocabularyShard.of_rank(100, 128, 0, None)
+    targets = torch.zeros(25, dtype=torch.long)
+    vocab_parallel_logprobs(torch.randn(25, 4), torch.randn(128, 4), targets, shard)
+    assert sizes == [(10, 128), (10, 128), (5, 128)]
