@@ -1,9 +1,13 @@
 """Time and peak memory of the language-model head on a CPU, forward and backward.
 
-Hidden states and a weight go in; log-probs of given tokens and both gradients come out. Sides:
-    r2vpo_megatron   vocab_parallel_logprobs: logits in chunks of tokens, made again in backward
+Hidden states and a weight go in; log-probs of given tokens, their entropies and both gradients
+come out, the weight's added to an fp32 buffer that is there before, as Megatron's main gradient
+is. Sides:
+    one pass         vocab_parallel_logprobs that knows its slopes: gradients while logits exist
+    general          vocab_parallel_logprobs: logits in chunks, made again in backward
     torch            log_softmax of the whole logits, then gather
-    megatron-core    vocab_parallel_cross_entropy of the whole logits, one tensor parallel rank
+    megatron-core    its cross entropy of the whole logits, after the entropy was taken of them
+    verl             FusedLinearForPPO, where --verl names its unpacked package
     products alone   logits, hidden gradient, weight gradient: the arithmetic none can do without
 Fails where log-probs or gradients of the sides differ.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -23,19 +28,21 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # torch is imported in the children only: a child's peak starts at its parent's resident size.
 if TYPE_CHECKING:
     from torch import Tensor
 
-    # Log-probs (None where a side has none), hidden gradient, weight gradient.
-    Outputs = tuple[Tensor | None, Tensor, Tensor]
+    # Log-probs (None where a side has none) and the hidden gradient.
+    Outputs = tuple[Tensor | None, Tensor]
 
 PRODUCTS_ALONE = "products alone"
 # bf16 logits of a chunk may round the other way than those of the whole: up to 2^-5 at 4 to 8.
 LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+VERL_FILE = "verl/utils/experimental/torch_functional.py"
+WARM_UP_TOKENS = 64
 MIB = 2**20
 
 
@@ -45,9 +52,23 @@ class HeadInputs:
 
     hidden_NH: Tensor
     weight_VH: Tensor
+    main_grad_VH: Tensor  # fp32
     targets_N: Tensor
     slopes_N: Tensor  # fp32 derivative of the loss by each log-prob
-    chunk_tokens: int
+    chunk_tokens: int | None
+    verl: str
+
+    def narrow(self, num_tokens: int) -> HeadInputs:
+        """The first tokens alone."""
+        tokens = {
+            name: getattr(self, name)[:num_tokens].detach()
+            for name in ("hidden_NH", "targets_N", "slopes_N")
+        }
+        tokens["hidden_NH"].requires_grad_()
+        rest = {"chunk_tokens": self.chunk_tokens, "verl": self.verl}
+        return HeadInputs(
+            weight_VH=self.weight_VH, main_grad_VH=self.main_grad_VH, **tokens, **rest
+        )
 
 
 @dataclass(frozen=True)
@@ -61,17 +82,33 @@ class Measurement:
     grad_weight_norm: float
 
 
-def ours_pass(inputs: HeadInputs) -> Outputs:
-    """The head of this project, the vocabulary whole on one rank."""
+def one_pass(inputs: HeadInputs) -> Outputs:
+    """The head of this project with its slopes known, the vocabulary whole on one rank."""
+    from r2vpo_megatron.parallel.vocab_logprobs import ExpectedSlopes
+
+    def check(mismatch: Tensor) -> None:
+        assert mismatch.item() == 0.0
+
+    return _ours(inputs, ExpectedSlopes(lambda _, part: inputs.slopes_N[part], check))
+
+
+def general_pass(inputs: HeadInputs) -> Outputs:
+    """The head of this project for any loss."""
+    return _ours(inputs, None)
+
+
+def _ours(inputs: HeadInputs, expected: Any) -> Outputs:
     from r2vpo_megatron.parallel.vocab_logprobs import VocabularyShard, vocab_parallel_logprobs
 
-    vocab_size = inputs.weight_VH.shape[0]
+    inputs.weight_VH.main_grad = inputs.main_grad_VH
     logprobs_N, _ = vocab_parallel_logprobs(
         inputs.hidden_NH,
         inputs.weight_VH,
         inputs.targets_N,
-        VocabularyShard(start=0, num_valid=vocab_size, group=None),
+        VocabularyShard(start=0, num_valid=inputs.weight_VH.shape[0], group=None),
         chunk_tokens=inputs.chunk_tokens,
+        with_entropy=True,
+        expected=expected,
     )
     return _backward(logprobs_N, inputs)
 
@@ -79,6 +116,7 @@ def ours_pass(inputs: HeadInputs) -> Outputs:
 def torch_pass(inputs: HeadInputs) -> Outputs:
     """Chained, so that the logits die as soon as autograd lets them."""
     logprobs_NV = (inputs.hidden_NH @ inputs.weight_VH.t()).float().log_softmax(dim=-1)
+    (logprobs_NV.detach().exp().mul_(logprobs_NV.detach())).sum(dim=-1)  # minus the entropies
     logprobs_N = logprobs_NV.gather(1, inputs.targets_N.unsqueeze(1)).squeeze(1)
     del logprobs_NV
     return _backward(logprobs_N, inputs)
@@ -86,12 +124,29 @@ def torch_pass(inputs: HeadInputs) -> Outputs:
 
 def megatron_pass(inputs: HeadInputs) -> Outputs:
     """Megatron's layout is [sequence, batch, vocabulary]; its loss is the negative log-prob."""
+    import torch
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     logits_N1V = (inputs.hidden_NH @ inputs.weight_VH.t()).unsqueeze(1)
+    with torch.no_grad():  # before the cross entropy, which overwrites fp32 logits
+        weights_N1V = (logits_N1V - logits_N1V.amax(dim=-1, keepdim=True)).float().exp_()
+        normalizers_N1 = weights_N1V.sum(dim=-1)
+        normalizers_N1.log() - weights_N1V.mul_(logits_N1V).sum(dim=-1) / normalizers_N1
+        del weights_N1V
     losses_N1 = vocab_parallel_cross_entropy(logits_N1V, inputs.targets_N.unsqueeze(1))
     del logits_N1V
     return _backward(-losses_N1.squeeze(1), inputs)
+
+
+def verl_pass(inputs: HeadInputs) -> Outputs:
+    """The one file alone: the package asks for more than this needs."""
+    spec = importlib.util.spec_from_file_location("verl_head", Path(inputs.verl) / VERL_FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    head = module.FusedLinearForPPO()
+    logprobs_N, _ = head(inputs.hidden_NH, inputs.weight_VH, inputs.targets_N)
+    return _backward(logprobs_N, inputs)
 
 
 def products_pass(inputs: HeadInputs) -> Outputs:
@@ -100,21 +155,28 @@ def products_pass(inputs: HeadInputs) -> Outputs:
 
     with torch.no_grad():
         logits_NV = inputs.hidden_NH @ inputs.weight_VH.t()
-        return None, logits_NV @ inputs.weight_VH, logits_NV.t() @ inputs.hidden_NH
+        grad_hidden_NH = logits_NV @ inputs.weight_VH
+        logits_NV.t() @ inputs.hidden_NH
+        return None, grad_hidden_NH
 
 
 def _backward(logprobs_N: Tensor, inputs: HeadInputs) -> Outputs:
-    import torch
-
-    leaves = (inputs.hidden_NH, inputs.weight_VH)
-    grad_hidden_NH, grad_weight_VH = torch.autograd.grad(logprobs_N, leaves, inputs.slopes_N)
-    return logprobs_N.detach(), grad_hidden_NH, grad_weight_VH
+    """Run it, and do for the weight's gradient what Megatron's hook does."""
+    logprobs_N.backward(inputs.slopes_N)
+    weight_VH, hidden_NH = inputs.weight_VH, inputs.hidden_NH
+    if weight_VH.grad is not None:
+        inputs.main_grad_VH.add_(weight_VH.grad)
+        weight_VH.grad = None
+    grad_hidden_NH, hidden_NH.grad = hidden_NH.grad, None
+    return logprobs_N.detach(), grad_hidden_NH
 
 
 SIDES: dict[str, Callable[[HeadInputs], Outputs]] = {
-    "r2vpo_megatron": ours_pass,
+    "one pass": one_pass,
+    "general": general_pass,
     "torch": torch_pass,
     "megatron-core": megatron_pass,
+    "verl": verl_pass,
     PRODUCTS_ALONE: products_pass,
 }
 
@@ -131,14 +193,16 @@ def make_inputs(args: argparse.Namespace) -> HeadInputs:
     return HeadInputs(
         hidden_NH.requires_grad_(),
         weight_VH.requires_grad_(),
+        torch.ones(args.vocab, args.hidden).zero_(),  # written, so that it is resident
         torch.randint(args.vocab, (args.tokens,), generator=generator),
         torch.randn(args.tokens, generator=generator),
-        args.chunk_tokens,
+        args.chunk_tokens or None,
+        args.verl,
     )
 
 
 def measure(run_pass: Callable[[HeadInputs], Outputs], args: argparse.Namespace) -> Measurement:
-    """In a child: one warm-up pass, then the timed ones; the peak is over all of them."""
+    """In a child: a pass over a few tokens, then the timed ones; the peak is over all of them."""
     import torch
 
     from r2vpo_megatron.device import get_platform
@@ -154,17 +218,19 @@ def measure(run_pass: Callable[[HeadInputs], Outputs], args: argparse.Namespace)
     torch.set_num_threads(args.threads)
     inputs = make_inputs(args)
     resident_before = platform.memory_allocated_bytes()
-    outputs = run_pass(inputs)
+    outputs = run_pass(inputs.narrow(WARM_UP_TOKENS))
     seconds = []
     for _ in range(args.repeats):
         del outputs  # else the gradients of two passes would be alive at once
+        inputs.main_grad_VH.zero_()
         start = time.perf_counter()
         outputs = run_pass(inputs)
         seconds.append(time.perf_counter() - start)
     peak_bytes = platform.peak_memory_bytes() - resident_before
     destroy_parallel()
-    logprobs_N, *gradients = outputs
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32).item() for grad in gradients]
+    logprobs_N, grad_hidden_NH = outputs
+    norms = [torch.linalg.vector_norm(grad).item() for grad in (grad_hidden_NH.float(),)]
+    norms.append(torch.linalg.vector_norm(inputs.main_grad_VH).item())
     return Measurement(
         seconds, peak_bytes, None if logprobs_N is None else logprobs_N.tolist(), *norms
     )
@@ -184,8 +250,9 @@ def check_agreement(measurements: dict[str, Measurement], dtype: str) -> float:
     """Largest difference of a log-prob from torch's; RuntimeError where the sides part."""
     reference = measurements["torch"]
     differences = [0.0]
-    for side in ("r2vpo_megatron", "megatron-core"):
-        measured = measurements[side]
+    for side, measured in measurements.items():
+        if side in ("torch", PRODUCTS_ALONE):
+            continue
         pairs = zip(measured.logprobs, reference.logprobs, strict=True)
         differences.extend(abs(value - expected) for value, expected in pairs)
         if not all(difference <= LOGPROB_TOLERANCE[dtype] for difference in differences):
@@ -198,23 +265,31 @@ def check_agreement(measurements: dict[str, Measurement], dtype: str) -> float:
 
 
 def print_table(measurements: dict[str, Measurement]) -> None:
-    """One row a side; times relative to the products alone."""
+    """One row a side: time relative to the products alone, both relative to Megatron-core's."""
     floor = statistics.median(measurements[PRODUCTS_ALONE].seconds)
-    print(f"{'side':<16}{'seconds':>10}{'x products':>12}{'peak MiB':>11}")
+    peer = measurements["megatron-core"]
+    peer_seconds = statistics.median(peer.seconds)
+    print(
+        f"{'side':<16}{'seconds':>10}{'x products':>12}{'x megatron':>12}{'peak MiB':>11}"
+        f"{'x megatron':>12}"
+    )
     for side, measured in measurements.items():
         seconds = statistics.median(measured.seconds)
         print(
-            f"{side:<16}{seconds:>10.3f}{seconds / floor:>12.2f}{measured.peak_bytes / MIB:>11.0f}"
+            f"{side:<16}{seconds:>10.3f}{seconds / floor:>12.2f}{seconds / peer_seconds:>12.2f}"
+            f"{measured.peak_bytes / MIB:>11.0f}{measured.peak_bytes / peer.peak_bytes:>12.2f}"
         )
 
 
 def parse_arguments() -> argparse.Namespace:
     """Defaults that take about a minute on two cores."""
     parser = argparse.ArgumentParser(description="Time and memory of the language-model head.")
-    sizes = {"tokens": 2048, "vocab": 32768, "hidden": 512, "chunk-tokens": 256, "repeats": 3}
+    sizes = {"tokens": 2048, "vocab": 32768, "hidden": 512, "repeats": 3}
     for name, default in {**sizes, "threads": os.cpu_count() or 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--chunk-tokens", type=int, default=0, help="of ours; default: by its size")
     parser.add_argument("--dtype", choices=list(LOGPROB_TOLERANCE), default="float32")
+    parser.add_argument("--verl", default="", help="folder of `pip install --no-deps -t`")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -227,18 +302,20 @@ def main() -> None:
         measured = measure(SIDES[args.side], args)
         Path(args.result).write_text(json.dumps(asdict(measured)))
         return
+    sides = [side for side in SIDES if side != "verl" or args.verl]
     with tempfile.TemporaryDirectory() as folder:
-        measurements = {side: measure_in_child(side, Path(folder)) for side in SIDES}
+        measurements = {side: measure_in_child(side, Path(folder)) for side in sides}
     difference = check_agreement(measurements, args.dtype)
+    chunks = f"chunks of {args.chunk_tokens:,} tokens" if args.chunk_tokens else "default chunks"
     print(
         f"{args.tokens:,} tokens, vocabulary {args.vocab:,}, hidden size {args.hidden:,}, "
-        f"{args.dtype}, {args.threads} threads, chunks of {args.chunk_tokens:,} tokens\n"
-        f"forward + backward, median of {args.repeats} after a warm-up\n"
+        f"{args.dtype}, {args.threads} threads, {chunks}\n"
+        f"forward + backward, median of {args.repeats}\n"
     )
     print_table(measurements)
     print(
-        "\npeak: most resident memory less what was resident before the first pass (inputs and\n"
-        "weight); both gradients count. Log-probs of the sides agree within "
+        "\npeak: most resident memory less what was resident before the first pass, which is\n"
+        "inputs, weight and the buffer of its gradient. Log-probs of the sides agree within "
         f"{difference:.1e}."
     )
 
