@@ -36,8 +36,8 @@ def pack_trajectories(
         trajectories: All samples of the step; the same sample may occur more than once.
         max_tokens_per_micro_batch: Budget in tokens, tail padding included.
         num_data_parallel_ranks: Ranks to serve.
-        pad_to_multiple_of: A micro-batch is padded to a multiple of this, for sequence
-            parallelism.
+        pad_to_multiple_of: A micro-batch is padded to a multiple of this, for sequence and
+            context parallelism.
 
     Returns:
         [rank][micro-batch]. Micro-batches of the same index are of similar size on all ranks. With
@@ -67,15 +67,14 @@ def pack_trajectories(
     bins = partition_balanced(
         [sample.num_tokens for sample in ordered],
         capacity=budget,
-        num_bins_multiple_of=num_data_parallel_ranks,
+        num_ranks=num_data_parallel_ranks,
     )
-    loads = [sum(ordered[index].num_tokens for index in members) for members in bins]
     return [
         [
-            pack([ordered[i] for i in sorted(bins[b])], pad_to_multiple_of=pad_to_multiple_of)
-            for b in bins_of_rank
+            pack([ordered[index] for index in members], pad_to_multiple_of=pad_to_multiple_of)
+            for members in bins_of_rank
         ]
-        for bins_of_rank in _deal_to_ranks(loads, num_data_parallel_ranks)
+        for bins_of_rank in bins
     ]
 
 
@@ -195,21 +194,3 @@ def _check_sample(sample: Trajectory, budget: int) -> None:
                 f"sample {sample.sample_id!r}: {name} has shape {shape}; valid: ({num_response},), "
                 "one per response token"
             )
-
-
-def _deal_to_ranks(loads: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Give every rank one micro-batch of each row of similar ones; returns bin indices.
-
-    Rows go from large to small, and in each row the rank with the least so far gets the largest.
-    """
-    ordered = sorted(range(len(loads)), key=lambda index: (-loads[index], index))
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    totals = [0] * num_ranks
-    for row_start in range(0, len(ordered), num_ranks):
-        row = ordered[row_start : row_start + num_ranks]
-        for rank, index in zip(
-            sorted(range(num_ranks), key=lambda rank: (totals[rank], rank)), row, strict=True
-        ):
-            ranks[rank].append(index)
-            totals[rank] += loads[index]
-    return ranks
