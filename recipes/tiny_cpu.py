@@ -60,9 +60,13 @@ def r2vpo_on_policy() -> RunConfig:
 
 
 def r2vpo_off_policy_dual() -> RunConfig:
-    """Algorithm 2 with a lambda that steers the ratio's second moment to its target."""
+    """Algorithm 2 with a lambda that steers the ratio's second moment to its target.
+
+    A model this small stays below the usual 0.04 without any help, so the target is lower.
+    """
     base = r2vpo_off_policy()
-    return replace(base, algorithm=replace(base.algorithm, dual_controller="multiplicative"))
+    algorithm = replace(base.algorithm, dual_controller="multiplicative", dual_target=0.004)
+    return replace(base, algorithm=algorithm)
 
 
 def grpo_off_policy() -> RunConfig:

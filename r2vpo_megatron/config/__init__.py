@@ -1,8 +1,8 @@
 """Configuration of a run: frozen dataclasses."""
 
+from r2vpo_megatron.config.algorithm import AlgorithmConfig
 from r2vpo_megatron.config.run import RunConfig
 from r2vpo_megatron.config.sections import (
-    AlgorithmConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,

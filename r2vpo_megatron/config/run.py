@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from r2vpo_megatron.config.algorithm import AlgorithmConfig
 from r2vpo_megatron.config.sections import (
-    AlgorithmConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -84,6 +84,12 @@ class RunConfig:
             self.parallel.max_tokens_per_micro_batch,
             f"at least rollout.max_prompt_tokens + rollout.max_response_tokens "
             f"= {self.max_sequence_tokens}",
+        )
+        require(
+            self.algorithm.overlong_buffer_tokens <= self.rollout.max_response_tokens,
+            "algorithm.overlong_buffer_tokens",
+            self.algorithm.overlong_buffer_tokens,
+            f"at most rollout.max_response_tokens = {self.rollout.max_response_tokens}",
         )
         require(
             bool(self.model.path) != bool(self.model.testbed),

@@ -112,66 +112,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig:
-    """The objective, its advantages and the ratio penalty's dual variable."""
-
-    objective: str = "r2vpo"
-    """Policy-gradient objective by name (r2vpo_megatron.rl.objectives.OBJECTIVES)."""
-    advantage: str = "group_normalized"
-    """group_normalized: (reward - mean) / (std + 1e-6) in each group; group_centered: no std."""
-    aggregation: str = "token_mean"
-    """Mean over the optimizer step: token_mean, sequence_mean or token_sum (1/G, Eq. 2)."""
-    behavior_logprobs: str = "learner"
-    """Denominator of the ratio: learner (recomputed at sampling time) or rollout (the engine's)."""
-    filter_zero_advantage_groups: bool = False
-    """Leave groups whose rewards are all equal out of the updates."""
-    ratio_penalty: float = 0.04
-    """Lambda, the weight of (rho - 1)^2: fixed, or where the dual controller starts."""
-    dual_controller: str = "fixed"
-    """fixed; paper (Eq. 12, linear); multiplicative (log-space, reaches its target)."""
-    dual_target: float = 0.04
-    """Delta, the second moment of the ratio, E[(rho - 1)^2], that a controller aims at."""
-    dual_step_size: float = 1e-3
-    """Eta of Eq. 12, lambda's step per unit of violation (paper only)."""
-    dual_gain: float = 0.2
-    """k, the step of log lambda per relative violation (multiplicative only)."""
-    ratio_penalty_min: float = 1e-3
-    """Lower end of lambda under the multiplicative controller."""
-    ratio_penalty_max: float = 1e3
-    """Upper end of lambda under the multiplicative controller."""
-
-    def __post_init__(self) -> None:
-        require_choice(
-            "algorithm.advantage", self.advantage, ("group_normalized", "group_centered")
-        )
-        require_choice(
-            "algorithm.behavior_logprobs", self.behavior_logprobs, ("learner", "rollout")
-        )
-        require_choice(
-            "algorithm.dual_controller",
-            self.dual_controller,
-            ("fixed", "paper", "multiplicative"),
-        )
-        require(
-            self.ratio_penalty >= 0, "algorithm.ratio_penalty", self.ratio_penalty, "at least 0"
-        )
-        for name in ("dual_target", "dual_step_size", "dual_gain"):
-            require(getattr(self, name) > 0, f"algorithm.{name}", getattr(self, name), "above 0")
-        require(
-            self.dual_controller == "fixed" or self.objective == "r2vpo",
-            "algorithm.dual_controller",
-            self.dual_controller,
-            f"'fixed', since algorithm.objective {self.objective!r} has no lambda",
-        )
-        require(
-            0 < self.ratio_penalty_min <= self.ratio_penalty_max,
-            "algorithm.ratio_penalty_min",
-            self.ratio_penalty_min,
-            "above 0 and at most algorithm.ratio_penalty_max",
-        )
-
-
-@dataclass(frozen=True)
 class ReplayConfig:
     """The FIFO buffer of past iterations. Algorithm 1 is capacity 1 with an UTD of 1."""
 
@@ -258,13 +198,13 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage; above 1 the schedule interleaves them."""
     context: int = 1
-    """Context parallel size; only 1 for now."""
+    """Context parallel size: ranks that share the tokens of each micro-batch."""
     data: int = 1
     """Data parallel size; ranks = tensor x pipeline x context x data."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor parallel regions."""
     max_tokens_per_micro_batch: int = 32768
-    """Token budget of one packed micro-batch."""
+    """Token budget of one packed micro-batch, which context parallel ranks share."""
     recompute: str = "none"
     """Activation recomputation: none, core_attn, mlp or full (whole layers)."""
     threads_per_rank: int = 1
@@ -272,16 +212,23 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require_positive(
-            "parallel", self, "tensor", "pipeline", "virtual_pipeline", "data", "threads_per_rank"
+            "parallel",
+            self,
+            "tensor",
+            "pipeline",
+            "virtual_pipeline",
+            "context",
+            "data",
+            "threads_per_rank",
         )
-        require(self.context == 1, "parallel.context", self.context, "1 for now")
-        multiple = self.tensor if self.sequence_parallel else 1
+        multiple = self.tokens_multiple
         require(
             self.max_tokens_per_micro_batch >= 1
             and self.max_tokens_per_micro_batch % multiple == 0,
             "parallel.max_tokens_per_micro_batch",
             self.max_tokens_per_micro_batch,
-            f"a positive multiple of {multiple} (parallel.tensor under sequence_parallel)",
+            f"a positive multiple of {multiple} (2 x parallel.context where that is above 1, times "
+            "parallel.tensor under parallel.sequence_parallel)",
         )
         require_choice("parallel.recompute", self.recompute, ("none", "core_attn", "mlp", "full"))
 
@@ -289,6 +236,16 @@ class ParallelConfig:
     def interleaved_chunks(self) -> int | None:
         """`virtual_pipeline` as Megatron takes it: None where nothing is interleaved."""
         return self.virtual_pipeline if self.virtual_pipeline > 1 else None
+
+    @property
+    def tokens_multiple(self) -> int:
+        """What the tokens of a micro-batch must divide by; its tail is padded to it.
+
+        Context parallelism cuts it into two chunks a rank, sequence parallelism what a rank has
+        into one part per tensor parallel rank.
+        """
+        chunks = 2 * self.context if self.context > 1 else 1
+        return chunks * (self.tensor if self.sequence_parallel else 1)
 
     @property
     def num_ranks(self) -> int:
@@ -348,6 +305,8 @@ class RuntimeConfig:
     """Address of a running Ray cluster; empty: start one on this machine for this run."""
     logprob_gap_alarm: float = 0.02
     """Mean absolute rollout/learner log-prob gap above which a warning is printed."""
+    head_check_every_updates: int = 10
+    """Compare log-probs with log_softmax of whole logits at each such update; 0: never."""
     object_store_bytes: int = 512 << 20
     """Shared memory of a Ray that is started here, for batches on their way, in bytes."""
     timeout_seconds: float = 1800.0
@@ -355,6 +314,12 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require_choice("runtime.device", self.device, DEVICES)
+        require(
+            self.head_check_every_updates >= 0,
+            "runtime.head_check_every_updates",
+            self.head_check_every_updates,
+            "0 or above",
+        )
         require(
             self.timeout_seconds > 0, "runtime.timeout_seconds", self.timeout_seconds, "above 0"
         )

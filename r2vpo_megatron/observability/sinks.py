@@ -15,8 +15,13 @@ MetricValue = float | int | bool | str | None
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+FILE_NAMES = {"iteration": "metrics.jsonl", "update": "updates.jsonl"}
+
+
 class MetricsWriter:
     """Writes one record per iteration to `metrics.jsonl`, and its numbers to TensorBoard.
+
+    Or, with another key, one per optimizer step to `updates.jsonl`.
 
     Each record is one line `{"iteration": i, ...}`, on disk when `write` returns, so a crash loses
     nothing that was written. A resumed run appends; a line torn by a crash is cut off first. JSON
@@ -26,36 +31,36 @@ class MetricsWriter:
     Args:
         run_dir: Folder of the run, made if missing.
         tensorboard: Also write events to `run_dir/tensorboard`.
+        key: What a record belongs to and is numbered by: `iteration` or `update`.
 
     Raises:
         ModuleNotFoundError: `tensorboard` is wanted and not installed.
     """
 
-    def __init__(self, run_dir: Path, tensorboard: bool = True) -> None:
+    def __init__(self, run_dir: Path, tensorboard: bool = True, key: str = "iteration") -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / FILE_NAMES[key]
+        self._key = key
         _cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(run_dir / "tensorboard") if tensorboard else None
 
-    def write(self, iteration: int, metrics: Mapping[str, MetricValue]) -> None:
+    def write(self, number: int, metrics: Mapping[str, MetricValue]) -> None:
         """Append one record.
 
         Args:
-            iteration: Step on TensorBoard's axis and first key of the line.
+            number: Of the iteration (or update): first key of the line, TensorBoard's axis.
             metrics: Plain Python values; numpy scalars are taken as their Python value.
         """
-        record = {"iteration": iteration} | {
-            name: _to_plain(value) for name, value in metrics.items()
-        }
+        record = {self._key: number} | {name: _to_plain(value) for name, value in metrics.items()}
         encoded = {name: _encode(value) for name, value in record.items()}
         self._file.write(json.dumps(encoded, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._tensorboard is not None:
             for name, value in record.items():
-                if name != "iteration" and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, iteration)
+                if name != self._key and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(name, value, number)
             self._tensorboard.flush()
 
     def close(self) -> None:
@@ -76,29 +81,30 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, key: str = "iteration") -> list[dict[str, Any]]:
     """Read the records that a `MetricsWriter` wrote.
 
     An iteration that was run again after a resume counts once, with its last record, so that the
-    result is one row per iteration in order. A torn last line is left out.
+    result is one row per iteration in order; likewise with the key `update`. A torn last line is
+    left out.
 
     Raises:
         ValueError: another line is not a record.
     """
     text = path.read_text(encoding="utf-8")
-    by_iteration: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+    by_number: dict[int, dict[str, Any]] = {}
+    for line_number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:
             record = json.loads(line)
-            iteration = record["iteration"]
+            number = record[key]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}:{number}: not a metrics record (a JSON object with an iteration)"
+                f"{path}:{line_number}: not a metrics record (a JSON object with an {key})"
             ) from error
-        by_iteration[iteration] = {name: _decode(value) for name, value in record.items()}
-    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+        by_number[number] = {name: _decode(value) for name, value in record.items()}
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _to_plain(value: Any) -> MetricValue:

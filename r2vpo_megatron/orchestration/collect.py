@@ -12,7 +12,7 @@ from r2vpo_megatron.data.chat import ChatTokenizer
 from r2vpo_megatron.orchestration.groups import LearnerGroup, RolloutGroup
 from r2vpo_megatron.orchestration.iteration_metrics import Metrics, logprob_gap
 from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory
-from r2vpo_megatron.rewards import RewardFunction, RewardResult
+from r2vpo_megatron.rewards import RewardFunction, RewardResult, overlong_penalty
 from r2vpo_megatron.rl.advantages import group_advantages
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 
@@ -58,6 +58,7 @@ class Collector:
             self.reward(prompt, self.tokenizer.decode_response(generation.token_ids))
             for prompt, generation in zip(repeated, generations, strict=True)
         ]
+        results, shaping = shape_rewards(results, generations, self.config)
         trajectories = [
             trajectory
             for start in range(0, len(requests), num_responses)
@@ -69,7 +70,7 @@ class Collector:
             )
         ]
         trajectories, gap = self._with_behavior_logprobs(trajectories)
-        return trajectories, _response_metrics(generations, results) | gap
+        return trajectories, _response_metrics(generations, results) | shaping | gap
 
     def _sampling(self) -> SamplingSettings:
         rollout = self.config.rollout
@@ -124,6 +125,32 @@ class Collector:
             replace(trajectory, behavior_logprobs=computed[trajectory.sample_id])
             for trajectory in trajectories
         ], metrics
+
+
+def shape_rewards(
+    results: Sequence[RewardResult], generations: Sequence[Generation], config: RunConfig
+) -> tuple[list[RewardResult], Metrics]:
+    """Add the penalty of overlong responses to the scores, where it is on.
+
+    Returns:
+        The verdicts with the scores that advantages are formed from, and the mean penalty.
+    """
+    buffer_tokens = config.algorithm.overlong_buffer_tokens
+    if buffer_tokens == 0:
+        return list(results), {}
+    penalties = [
+        overlong_penalty(
+            len(generation.token_ids),
+            max_tokens=config.rollout.max_response_tokens,
+            buffer_tokens=buffer_tokens,
+        )
+        for generation in generations
+    ]
+    shaped = [
+        replace(result, score=result.score + penalty)
+        for result, penalty in zip(results, penalties, strict=True)
+    ]
+    return shaped, {"reward/overlong_penalty": float(np.mean(penalties))}
 
 
 def _request_seed(seed: int, iteration: int, index: int, response: int) -> int:

@@ -18,10 +18,10 @@ by policies up to 3 iterations younger. Nothing below tells the two apart; confi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.config import AlgorithmConfig, RunConfig
 from r2vpo_megatron.data.prompts import PromptStream
 from r2vpo_megatron.evaluation.held_out import HeldOutSet
 from r2vpo_megatron.observability import StageTimers
@@ -31,7 +31,7 @@ from r2vpo_megatron.orchestration.iteration_metrics import Metrics, merge_update
 from r2vpo_megatron.orchestration.step_gate import check_first_update
 from r2vpo_megatron.records import Prompt, Trajectory
 from r2vpo_megatron.replay import ReplayBuffer
-from r2vpo_megatron.rl.dual import DUAL_CONTROLLERS, DualSettings
+from r2vpo_megatron.rl.dual import DualSettings, DualVariable
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Ring:
     held_out: HeldOutSet | None
 
 
-def train(config: RunConfig, ring: Ring, timers: StageTimers) -> Iterator[Metrics]:
-    """Run all iterations; yields each one's metrics once its weights are on the engines."""
+def train(
+    config: RunConfig,
+    ring: Ring,
+    timers: StageTimers,
+    on_update: Callable[[int, Metrics], None],
+) -> Iterator[Metrics]:
+    """Run all iterations; yields each one's metrics once its weights are on the engines.
+
+    `on_update` gets the number, from 1 on, and the metrics of every optimizer step.
+    """
     algorithm, batch_size = config.algorithm, config.train.mini_batch_samples
-    step_dual = DUAL_CONTROLLERS[algorithm.dual_controller]
-    dual = DualSettings(
-        target=algorithm.dual_target,
-        step_size=algorithm.dual_step_size,
-        gain=algorithm.dual_gain,
-        minimum=algorithm.ratio_penalty_min,
-        maximum=algorithm.ratio_penalty_max,
-    )
-    ratio_penalty = algorithm.ratio_penalty  # lambda
+    dual = make_dual(algorithm)  # lambda
     has_penalty = algorithm.objective == "r2vpo"
     is_first_update = True
 
@@ -77,12 +77,13 @@ def train(config: RunConfig, ring: Ring, timers: StageTimers) -> Iterator[Metric
             for mini_batch in _mini_batches(
                 samples, batch_size, algorithm.filter_zero_advantage_groups
             ):
-                update = ring.learner.update(mini_batch, ratio_penalty)
+                update = ring.learner.update(mini_batch, dual.value)
                 if is_first_update:
                     check_first_update(update, config)
                     is_first_update = False
-                updates.append(update | ({"ratio/penalty": ratio_penalty} if has_penalty else {}))
-                ratio_penalty = step_dual(ratio_penalty, update["ratio/second_moment"], dual)
+                updates.append(update | ({"ratio/penalty": dual.value} if has_penalty else {}))
+                dual.step(update["ratio/second_moment"])
+                on_update(dual.num_updates, updates[-1] | {"iteration": iteration})
 
         # The engines sample the next iteration from the new weights.
         with timers.stage("push"):
@@ -94,6 +95,18 @@ def train(config: RunConfig, ring: Ring, timers: StageTimers) -> Iterator[Metric
 
         metrics |= merge_updates(updates) | ring.replay.metrics() | timers.metrics(reset=True)
         yield {"iteration": iteration, **metrics, **throughput(metrics)}
+
+
+def make_dual(algorithm: AlgorithmConfig) -> DualVariable:
+    """Lambda as it is before the first update."""
+    settings = DualSettings(
+        target=algorithm.dual_target,
+        step_size=algorithm.dual_step_size,
+        gain=algorithm.dual_gain,
+        minimum=algorithm.ratio_penalty_min,
+        maximum=algorithm.ratio_penalty_max,
+    )
+    return DualVariable(algorithm.dual_controller, algorithm.ratio_penalty, settings)
 
 
 def _mini_batches(

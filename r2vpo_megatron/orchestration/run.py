@@ -96,11 +96,13 @@ def _turn(run: PreparedRun, ring: Ring, before: Metrics) -> Metrics:
     config, after = run.config, before
     with (
         MetricsWriter(run.run_dir, tensorboard=config.output.tensorboard) as writer,
+        MetricsWriter(run.run_dir, tensorboard=False, key="update") as update_writer,
         ProgressLine(config.train.num_iterations) as progress,
     ):
         writer.write(0, before)
         progress.update(0, before)
-        for metrics in train(config, ring, StageTimers(on_enter=progress.stage)):
+        timers = StageTimers(on_enter=progress.stage)
+        for metrics in train(config, ring, timers, on_update=update_writer.write):
             iteration = int(metrics.pop("iteration"))
             if config.algorithm.dual_controller != "fixed":
                 metrics[RATIO_TARGET] = config.algorithm.dual_target
@@ -143,6 +145,7 @@ def _summary(run: PreparedRun, before: Metrics, after: Metrics, seconds: float) 
     lines.append(f"finished in {seconds / 60:.1f} min; everything lies in {run.run_dir}:")
     files = {
         "metrics.jsonl": "metrics of each iteration",
+        "updates.jsonl": "metrics of each optimizer step",
         "config.json": "resolved configuration, versions, commit",
         "learning_curve.png": "learning curve",
         "hf": "final weights in Hugging Face format",

@@ -8,9 +8,17 @@ from functools import partial
 from r2vpo_megatron.records import Prompt
 from r2vpo_megatron.rewards.extraction import INVALID
 from r2vpo_megatron.rewards.math_dapo import compute_score
+from r2vpo_megatron.rewards.overlong import overlong_penalty
 from r2vpo_megatron.rewards.result import RewardFunction, RewardResult
 
-__all__ = ["REWARDS", "RewardFunction", "RewardResult", "load_reward", "math_dapo_reward"]
+__all__ = [
+    "REWARDS",
+    "RewardFunction",
+    "RewardResult",
+    "load_reward",
+    "math_dapo_reward",
+    "overlong_penalty",
+]
 
 
 def math_dapo_reward(prompt: Prompt, response_text: str, mode: str = "minerva") -> RewardResult:

@@ -40,6 +40,25 @@ def test_derived_counts() -> None:
     config.validate()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "multiple"),
+    [
+        ({}, 1),
+        ({"tensor": 4}, 1),
+        ({"tensor": 4, "sequence_parallel": True}, 4),
+        ({"context": 3, "tensor": 4}, 6),
+        ({"context": 2, "tensor": 2, "sequence_parallel": True}, 8),
+    ],
+)
+def test_micro_batches_divide_into_what_their_ranks_hold(
+    sizes: dict[str, int], multiple: int
+) -> None:
+    parallel = ParallelConfig(**sizes, data=2, max_tokens_per_micro_batch=24)
+    assert parallel.tokens_multiple == multiple
+    tensor, context = sizes.get("tensor", 1), sizes.get("context", 1)
+    assert parallel.num_ranks == tensor * context * 2
+
+
 def test_both_algorithms_of_the_paper() -> None:
     off_policy, on_policy = r2vpo_off_policy(), r2vpo_on_policy()
     off_policy.validate()
@@ -54,6 +73,10 @@ def test_both_algorithms_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"algorithm": AlgorithmConfig(overlong_buffer_tokens=21)},
+            "algorithm.overlong_buffer_tokens = 21 .* at most rollout.max_response_tokens = 20",
+        ),
         ({"train": TrainConfig(mini_batch_samples=7)}, "train.mini_batch_samples = 7 .* = 2048"),
         (
             {"replay": ReplayConfig(capacity_iterations=1, update_to_data=2.0)},
@@ -102,7 +125,12 @@ def test_a_value_at_its_limit_is_valid() -> None:
         ),
         (TrainConfig, {"seed": -1}, "train.seed = -1 .*at least 0"),
         (OptimizerConfig, {"beta1": 2.0}, "optimizer.beta1 = 2.0 .*below 1"),
-        (ParallelConfig, {"context": 2}, "parallel.context = 2"),
+        (ParallelConfig, {"context": 0}, "parallel.context = 0"),
+        (
+            ParallelConfig,
+            {"context": 2, "max_tokens_per_micro_batch": 6},
+            "parallel.max_tokens_per_micro_batch = 6 .*multiple of 4 .2 x parallel.context",
+        ),
         (
             ParallelConfig,
             {"tensor": 2, "sequence_parallel": True, "max_tokens_per_micro_batch": 7},
@@ -112,6 +140,17 @@ def test_a_value_at_its_limit_is_valid() -> None:
         (RolloutConfig, {"top_p": 0.9}, "rollout.top_p = 0.9 .*1.0 in training"),
         (RolloutConfig, {"top_k": 5}, "rollout.top_k = 5 .*0 .off. in training"),
         (AlgorithmConfig, {"advantage": "gae"}, "algorithm.advantage = 'gae'"),
+        (
+            AlgorithmConfig,
+            {"truncated_importance_cap": 0.5},
+            r"algorithm.truncated_importance_cap = 0.5 .*at least 1",
+        ),
+        (
+            AlgorithmConfig,
+            {"truncated_importance_cap": 2.0, "behavior_logprobs": "rollout"},
+            r"algorithm.truncated_importance_cap = 2.0 .*0 with algorithm.behavior_logprobs",
+        ),
+        (AlgorithmConfig, {"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens = -1"),
         (AlgorithmConfig, {"dual_controller": "x"}, "algorithm.dual_controller = 'x' .*'paper'"),
         (AlgorithmConfig, {"ratio_penalty": -0.1}, "algorithm.ratio_penalty = -0.1"),
         (AlgorithmConfig, {"dual_target": 0.0}, "algorithm.dual_target = 0.0"),

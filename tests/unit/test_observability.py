@@ -38,6 +38,24 @@ def test_a_record_is_one_line_on_disk_when_write_returns(tmp_path: Path) -> None
     assert text == '{"iteration": 1, "reward/mean": 0.5, "updates": 4, "note": "x", "none": null}\n'
 
 
+def test_optimizer_steps_have_a_file_of_their_own(tmp_path: Path) -> None:
+    with (
+        MetricsWriter(tmp_path, tensorboard=False) as iterations,
+        MetricsWriter(tmp_path, tensorboard=False, key="update") as updates,
+    ):
+        updates.write(1, {"iteration": 1, "x": 0.5})
+        updates.write(2, {"iteration": 1, "x": 1.5})
+        updates.write(2, {"iteration": 1, "x": 2.5})  # run again after a resume
+        iterations.write(1, {"x": 1.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 1, "x": 1.0}]
+    assert read_metrics(tmp_path / "updates.jsonl", key="update") == [
+        {"update": 1, "iteration": 1, "x": 0.5},
+        {"update": 2, "iteration": 1, "x": 2.5},
+    ]
+    with pytest.raises(ValueError, match="metrics.jsonl:1: .*with an update"):
+        read_metrics(tmp_path / "metrics.jsonl", key="update")
+
+
 def test_non_finite_numbers_survive_as_strict_json(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(0, {"a": math.nan, "b": math.inf, "c": -math.inf})
