@@ -6,6 +6,7 @@ other room calls torch.cuda or torch.npu, names a collective back end, or patche
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -26,36 +27,67 @@ _CUDA_TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Where the sequences of a packed micro-batch begin and end.
+    """Which keys each query of a packed micro-batch sees: those of its own piece.
+
+    A piece is a sequence, or the part of one that context parallelism left on this rank: then its
+    keys are the sequence's tokens up to the piece's last one, more than it has queries. The
+    last query of a piece sees all of its keys, the one before sees one less, and so on.
 
     The offsets exist on the host and on the device: CPU and NPU kernels want Python integers,
     CUDA kernels a device tensor, and neither may cost a synchronisation per layer.
     """
 
-    cumulative_lengths: tuple[int, ...]  # [S + 1], starts with 0, ends with T
-    cumulative_lengths_device: Tensor  # [S + 1] int32
-    longest: int  # tokens of the longest sequence
+    query_offsets: tuple[int, ...]  # [P + 1], starts with 0, ends with the number of queries
+    key_offsets: tuple[int, ...]  # [P + 1], the same of the keys
+    query_offsets_device: Tensor  # [P + 1] int32
+    key_offsets_device: Tensor  # [P + 1] int32
+    longest_query: int  # queries of the largest piece
+    longest_key: int  # keys of the piece that has most
 
     @classmethod
-    def of(cls, cumulative_lengths: Sequence[int], device: torch.device) -> SequenceLayout:
+    def of(
+        cls,
+        query_offsets: Sequence[int],
+        device: torch.device,
+        key_offsets: Sequence[int] | None = None,
+    ) -> SequenceLayout:
         """Check the offsets and copy them to `device`.
 
         Args:
-            cumulative_lengths: [S + 1] integers (a numpy array will do), 0 first, increasing.
+            query_offsets: [P + 1] integers (a numpy array will do), 0 first, increasing.
             device: where attention will run.
+            key_offsets: [P + 1] likewise; None where the queries are the keys.
 
         Raises:
-            ValueError: the offsets do not start at 0 or do not increase.
+            ValueError: offsets that do not start at 0 or do not increase, or a piece that has
+                fewer keys than queries.
         """
-        host = tuple(int(offset) for offset in cumulative_lengths)
-        lengths = [end - start for start, end in itertools.pairwise(host)]
-        if len(host) < 2 or host[0] != 0 or min(lengths) < 1:
+        queries, query_lengths = _checked_offsets("query_offsets", query_offsets)
+        queries_on_device = torch.tensor(queries, dtype=torch.int32).to(device, non_blocking=True)
+        longest = max(query_lengths)
+        if key_offsets is None:
+            return cls(queries, queries, queries_on_device, queries_on_device, longest, longest)
+        keys, key_lengths = _checked_offsets("key_offsets", key_offsets)
+        too_few = any(k < q for q, k in zip(query_lengths, key_lengths, strict=False))
+        if len(keys) != len(queries) or too_few:
             raise ValueError(
-                f"cumulative_lengths = {list(host)}: must start with 0 and increase, "
-                "one entry more than there are sequences"
+                f"key_offsets = {list(keys)} with query_offsets = {list(queries)}: every piece "
+                "must have at least as many keys as queries"
             )
-        on_device = torch.tensor(host, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(host, on_device, max(lengths))
+        keys_on_device = torch.tensor(keys, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(queries, keys, queries_on_device, keys_on_device, longest, max(key_lengths))
+
+
+def _checked_offsets(name: str, offsets: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
+    """Offsets as Python integers, and the lengths between them."""
+    host = tuple(int(offset) for offset in offsets)
+    lengths = [end - start for start, end in itertools.pairwise(host)]
+    if len(host) < 2 or host[0] != 0 or min(lengths) < 1:
+        raise ValueError(
+            f"{name} = {list(host)}: must start with 0 and increase, "
+            "one entry more than there are sequences"
+        )
+    return host, lengths
 
 
 class Platform(ABC):
@@ -84,13 +116,14 @@ class Platform(ABC):
     def packed_attention(
         self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout
     ) -> Tensor:
-        """Causal attention inside each sequence of a packed batch, none across.
+        """Causal attention inside each piece of a packed batch, none across.
 
         Args:
             query: [T, heads, head_dim].
-            key: [T, kv_heads, head_dim]; kv_heads divides heads, each serves a group of them.
-            value: [T, kv_heads, head_dim].
-            layout: where sequences begin and end; its last offset is T.
+            key: [K, kv_heads, head_dim]; kv_heads divides heads, each serves a group of them.
+            value: [K, kv_heads, head_dim].
+            layout: where pieces begin and end; its last offsets are T and K. The causal mask of
+                a piece is aligned at its last query and last key.
 
         Returns:
             [T, heads, head_dim], scores scaled by head_dim ** -0.5.
@@ -132,26 +165,42 @@ class Platform(ABC):
 def attention_per_sequence(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout
 ) -> Tensor:
-    """Reference for `Platform.packed_attention`: one scaled_dot_product_attention a sequence.
+    """Reference for `Platform.packed_attention`: one scaled_dot_product_attention a piece.
 
     A loop over sequences beats one dense block-diagonal mask: the mask's quadratic cost is over
     the whole pack, the loop's over each sequence.
     """
-    offsets = layout.cumulative_lengths
     grouped = query.shape[1] != key.shape[1]
-    outputs = [
-        scaled_dot_product_attention(
+    outputs = []
+    for (start, end), (first, last) in zip(
+        itertools.pairwise(layout.query_offsets),
+        itertools.pairwise(layout.key_offsets),
+        strict=True,
+    ):
+        is_whole = end - start == last - first
+        attended = scaled_dot_product_attention(
             query[start:end].transpose(0, 1).unsqueeze(0),
-            key[start:end].transpose(0, 1).unsqueeze(0),
-            value[start:end].transpose(0, 1).unsqueeze(0),
-            is_causal=True,
+            key[first:last].transpose(0, 1).unsqueeze(0),
+            value[first:last].transpose(0, 1).unsqueeze(0),
+            attn_mask=None
+            if is_whole  # torch aligns is_causal at the first query and key
+            else _lower_right_causal_mask(end - start, last - first, query.dtype, query.device),
+            is_causal=is_whole,
             enable_gqa=grouped,
         )
-        .squeeze(0)
-        .transpose(0, 1)
-        for start, end in itertools.pairwise(offsets)
-    ]
+        outputs.append(attended.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
+
+
+# A rank has at most two pieces that do not begin their sequence, the first of each of its two
+# chunks: every layer of a micro-batch shares these masks.
+@functools.lru_cache(maxsize=2)
+def _lower_right_causal_mask(
+    num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[queries, keys] to add to scores: 0 up to the query's own key, -inf beyond."""
+    mask = torch.full((num_queries, num_keys), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(num_keys - num_queries + 1)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class CpuPlatform(Platform):
     def packed_attention(
         self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout
     ) -> Tensor:
-        """One scaled_dot_product_attention a sequence."""
+        """One scaled_dot_product_attention a piece."""
         return attention_per_sequence(query, key, value, layout)
 
     def accelerator_resource(self) -> str | None:

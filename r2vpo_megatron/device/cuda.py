@@ -93,9 +93,15 @@ class CudaPlatform(Platform):
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    offsets = layout.cumulative_lengths_device
     output: Tensor = flash_attn_varlen_func(
-        query, key, value, offsets, offsets, layout.longest, layout.longest, causal=True
+        query,
+        key,
+        value,
+        cu_seqlens_q=layout.query_offsets_device,
+        cu_seqlens_k=layout.key_offsets_device,
+        max_seqlen_q=layout.longest_query,
+        max_seqlen_k=layout.longest_key,
+        causal=True,  # aligned at the last query and key, since flash-attn 2.1
     )
     return output
 
@@ -105,7 +111,6 @@ def _torch_varlen_attention(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets = layout.cumulative_lengths_device
     arguments = _varlen_arguments()
     if "enable_gqa" in arguments:
         arguments["enable_gqa"] = query.shape[1] != key.shape[1]
@@ -113,7 +118,14 @@ def _torch_varlen_attention(
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     output = varlen_attn(
-        query, key, value, offsets, offsets, layout.longest, layout.longest, **arguments
+        query,
+        key,
+        value,
+        layout.query_offsets_device,
+        layout.key_offsets_device,
+        layout.longest_query,
+        layout.longest_key,
+        **arguments,
     )
     assert isinstance(output, Tensor)
     return output

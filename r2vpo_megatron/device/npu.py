@@ -16,7 +16,7 @@ from torch import Tensor
 from r2vpo_megatron.device.base import Platform, SequenceLayout, tensor_types_named_cuda
 
 _MASK_SIDE = 2048  # the size npu_fusion_attention wants of a compressed causal mask
-_RIGHT_DOWN_CAUSAL = 3  # its sparse_mode
+_RIGHT_DOWN_CAUSAL = 3  # its sparse_mode that is aligned at the last query and key
 _MAX_SEQUENCES = 1024  # entries that actual_seq_qlen may have
 
 
@@ -59,10 +59,10 @@ class NpuPlatform(Platform):
         Raises:
             ValueError: more sequences in one micro-batch than the kernel takes.
         """
-        ends = list(layout.cumulative_lengths[1:])  # TND offsets come without the leading 0
-        if len(ends) > _MAX_SEQUENCES:
+        num_pieces = len(layout.query_offsets) - 1
+        if num_pieces > _MAX_SEQUENCES:
             raise ValueError(
-                f"{len(ends)} sequences in one micro-batch: npu_fusion_attention takes at most "
+                f"{num_pieces} sequences in one micro-batch: npu_fusion_attention takes at most "
                 f"{_MAX_SEQUENCES}; lower the tokens per micro-batch"
             )
         # Without a mask sparse_mode has no effect and attention is silently full.
@@ -76,8 +76,9 @@ class NpuPlatform(Platform):
             scale=query.shape[-1] ** -0.5,
             keep_prob=1.0,
             sparse_mode=_RIGHT_DOWN_CAUSAL,
-            actual_seq_qlen=ends,
-            actual_seq_kvlen=ends,
+            # TND offsets come without the leading 0.
+            actual_seq_qlen=list(layout.query_offsets[1:]),
+            actual_seq_kvlen=list(layout.key_offsets[1:]),
         )[0]
         return output
 

@@ -19,15 +19,20 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from r2vpo_megatron.learner.head_checks import HeadChecks
 from r2vpo_megatron.learner.micro_batch import MicroBatch
 from r2vpo_megatron.parallel.state import ParallelState
-from r2vpo_megatron.parallel.vocab_logprobs import VocabularyShard, vocab_parallel_logprobs
+from r2vpo_megatron.parallel.vocab_logprobs import (
+    ExpectedSlopes,
+    VocabularyShard,
+    vocab_parallel_logprobs,
+)
 from r2vpo_megatron.rl.aggregation import denominator_count
-from r2vpo_megatron.rl.loss import policy_loss
-from r2vpo_megatron.rl.objectives import Objective
+from r2vpo_megatron.rl.loss import LossSettings, loss_gradient, policy_loss
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
 ForwardStep = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, LossFunction]]
+SlopesOf = Callable[[Tensor, slice], Tensor]  # as in ExpectedSlopes
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,14 @@ class PolicyHead:
     sequence_parallel: bool
 
     def logprobs(
-        self, model: Any, hidden: Tensor, batch: MicroBatch, *, with_entropy: bool
+        self,
+        model: Any,
+        hidden: Tensor,
+        batch: MicroBatch,
+        *,
+        with_entropy: bool,
+        slopes_of: SlopesOf | None = None,
+        checks: HeadChecks | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[N] fp32 log pi_theta at the sampling temperature and entropy, the same on TP ranks.
 
@@ -51,6 +63,9 @@ class PolicyHead:
             hidden: [T, 1, H] after the final norm; [T / TP, 1, H] under sequence parallelism.
             batch: the micro-batch that went in.
             with_entropy: whether to compute the entropy, in nats.
+            slopes_of: derivative of the loss by a chunk's log-probs, where they alone decide it;
+                takes the head's one pass.
+            checks: of this update; needed with `slopes_of`.
         """
         group = self.state.tensor_group
         if self.sequence_parallel:
@@ -63,14 +78,32 @@ class PolicyHead:
         shard = VocabularyShard.of_rank(
             self.vocab_size, weight.shape[0], self.state.tensor_rank, group
         )
-        return vocab_parallel_logprobs(
-            hidden[:, 0].index_select(0, batch.response_positions),
+        hidden_NH = hidden[:, 0].index_select(0, batch.response_positions)
+        expected = None
+        if slopes_of is not None:
+            assert checks is not None
+            expected = ExpectedSlopes(slopes_of, checks.report_slopes)
+        logprobs, entropy = vocab_parallel_logprobs(
+            hidden_NH,
             weight,
             batch.target_ids,
             shard,
             temperature=self.temperature,
             with_entropy=with_entropy,
+            expected=expected,
         )
+        if checks is not None:
+            checks.report_logprobs(logprobs)
+            checks.report_plain(
+                logprobs,
+                hidden_NH,
+                weight,
+                batch.target_ids,
+                shard,
+                self.temperature,
+                self.vocab_size,
+            )
+        return logprobs, entropy
 
 
 def _run_model(model: Any, batch: MicroBatch) -> Tensor:
@@ -81,14 +114,15 @@ def _run_model(model: Any, batch: MicroBatch) -> Tensor:
 
 
 def logprob_step(head: PolicyHead) -> ForwardStep:
-    """A forward step that keeps (sample ids, response lengths, [N] log-probs)."""
+    """A forward step that keeps the log-probs of whole responses, sample id -> [R] fp32."""
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
 
         def keep_logprobs(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             logprobs, _ = head.logprobs(model, hidden, batch, with_entropy=False)
-            kept = (batch.sample_ids, batch.response_lengths, logprobs)
+            whole = batch.whole_responses(logprobs)
+            kept = dict(zip(batch.sample_ids, whole, strict=True))
             return logprobs.sum(), _count(len(logprobs), hidden), kept
 
         return _run_model(model, batch), keep_logprobs
@@ -96,21 +130,32 @@ def logprob_step(head: PolicyHead) -> ForwardStep:
     return forward_step
 
 
-def policy_step(
-    head: PolicyHead, objective: Objective, aggregation: str, ratio_penalty: float
-) -> ForwardStep:
-    """A forward step that returns the R2VPO (or a baseline's) loss and keeps its statistics."""
+def policy_step(head: PolicyHead, settings: LossSettings, checks: HeadChecks) -> ForwardStep:
+    """A forward step that returns the R2VPO (or a baseline's) loss and keeps its statistics.
+
+    Where the loss is local to a token the LM head takes its one pass.
+    """
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
 
+        def slopes_of(logprobs: Tensor, part: slice) -> Tensor:
+            return loss_gradient(logprobs, batch.tokens.narrow(part), settings)
+
         def loss_and_statistics(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-            logprobs, entropy = head.logprobs(model, hidden, batch, with_entropy=True)
-            loss, vector = policy_loss(
-                logprobs, batch.tokens, objective, aggregation, ratio_penalty, entropy
+            logprobs, entropy = head.logprobs(
+                model,
+                hidden,
+                batch,
+                with_entropy=True,
+                slopes_of=slopes_of if settings.is_local else None,
+                checks=checks,
             )
-            count = denominator_count(aggregation, len(logprobs), len(batch.sample_ids))
-            return loss, _count(count, hidden), vector
+            loss, statistics = policy_loss(logprobs, batch.tokens, settings, entropy)
+            count = denominator_count(
+                settings.aggregation, len(logprobs), batch.num_counted_responses
+            )
+            return loss, _count(count, hidden), statistics
 
         return _run_model(model, batch), loss_and_statistics
 

@@ -6,6 +6,7 @@ collective over all learner ranks, to be called on each with that rank's own bat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from r2vpo_megatron.checkpoint.hf_bridge import iterate_hf_weights, load_hf_weights
 from r2vpo_megatron.checkpoint.safetensors_io import save_hf_checkpoint
 from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.data.packing import dummy_batch
 from r2vpo_megatron.device.base import Platform
 from r2vpo_megatron.learner.forward_step import ForwardStep, PolicyHead, logprob_step, policy_step
+from r2vpo_megatron.learner.head_checks import HeadChecks
 from r2vpo_megatron.learner.micro_batch import MicroBatch
 from r2vpo_megatron.learner.optimizer import make_trainable
 from r2vpo_megatron.models.build import build_model
 from r2vpo_megatron.models.spec import read_model_spec
 from r2vpo_megatron.parallel.collectives import reduce_statistics
+from r2vpo_megatron.parallel.context import sum_over_context
 from r2vpo_megatron.parallel.state import ParallelState
 from r2vpo_megatron.records import FloatArray, PackedBatch
+from r2vpo_megatron.rl.loss import LossSettings
 from r2vpo_megatron.rl.objectives import OBJECTIVES
-from r2vpo_megatron.rl.statistics import VECTOR_LENGTH
 
 
 class MegatronActor:
@@ -69,16 +73,17 @@ class MegatronActor:
                 model replica.
 
         Returns:
-            sample id -> [R] fp32, on tensor rank 0 of the last stage; empty on other ranks.
+            sample id -> [R] fp32, on tensor and context rank 0 of the last stage; empty on other
+            ranks.
         """
         with torch.no_grad():
             kept = self._run_schedule(logprob_step(self._head), batches, forward_only=True)
-        if self._state.tensor_rank != 0:
+        if self._state.tensor_rank != 0 or self._state.context_rank != 0:
             return {}
         return {
-            sample_id: part.cpu().numpy()
-            for sample_ids, lengths, logprobs in kept
-            for sample_id, part in zip(sample_ids, logprobs.split(list(lengths)), strict=True)
+            sample_id: logprobs.cpu().numpy()
+            for by_sample in kept
+            for sample_id, logprobs in by_sample.items()
         }
 
     def update(self, batches: Sequence[PackedBatch], ratio_penalty: float) -> dict[str, float]:
@@ -97,17 +102,24 @@ class MegatronActor:
         Raises:
             FloatingPointError: on every rank alike, before any weight is changed, where the
                 statistics or the gradient are not finite.
+            RuntimeError: likewise, where a check of the LM head fails (`HeadChecks`).
         """
         algorithm = self._config.algorithm
-        step = policy_step(
-            self._head, OBJECTIVES[algorithm.objective], algorithm.aggregation, ratio_penalty
+        checks = self._head_checks()
+        settings = LossSettings(
+            objective=OBJECTIVES[algorithm.objective],
+            aggregation=algorithm.aggregation,
+            ratio_penalty=ratio_penalty,
+            importance_cap=algorithm.truncated_importance_cap,
+            entropy_coefficient=algorithm.entropy_coefficient,
         )
+        step = policy_step(self._head, settings, checks)
         self._model.zero_gradients()
-        vectors = self._run_schedule(step, batches, forward_only=False)
-        local = torch.stack(vectors) if vectors else torch.zeros(0, VECTOR_LENGTH)
-        statistics = reduce_statistics(local, self._state)
+        kept = self._run_schedule(step, batches, forward_only=False)
+        statistics = reduce_statistics(kept, self._state)
         if not statistics.is_finite:
             raise FloatingPointError(f"the update's statistics are not finite: {statistics}")
+        head_metrics = checks.settle(getattr(torch, self._config.model.dtype))
         lr = self._learning_rate()
         gradient_norm = self._model.step(lr)
         self._num_updates += 1
@@ -116,6 +128,7 @@ class MegatronActor:
             "objective/per_token": statistics.objective / max(statistics.tokens, 1.0),
             "optimizer/gradient_norm": gradient_norm,
             "optimizer/lr": lr,
+            **head_metrics,
         }
 
     def hf_weights(self) -> Iterator[tuple[str, Any]]:
@@ -133,6 +146,12 @@ class MegatronActor:
         else:
             exhaust(weights)
 
+    def _head_checks(self) -> HeadChecks:
+        every = self._config.runtime.head_check_every_updates
+        return HeadChecks(
+            self._state.device, compare_plain=every > 0 and self._num_updates % every == 0
+        )
+
     def _learning_rate(self) -> float:
         """Linear warm-up from 0, then constant."""
         warmup = self._config.optimizer.warmup_updates
@@ -141,11 +160,15 @@ class MegatronActor:
     def _run_schedule(
         self, step: ForwardStep, batches: Sequence[PackedBatch], *, forward_only: bool
     ) -> list[Any]:
-        """Run Megatron's pipeline schedule; what the last stage kept, one entry per batch."""
-        iterators = [
-            (MicroBatch.of(batch, self._state.device) for batch in batches)
-            for _ in self._model.chunks
-        ]
+        """Run Megatron's pipeline schedule; what the last stage kept, one entry per batch.
+
+        An interleaved schedule goes in rounds of one micro-batch a stage, so some without samples
+        may be added at the end.
+        """
+        if len(self._model.chunks) > 1:
+            missing = -len(batches) % self._state.pipeline_size
+            batches = [*batches, *[dummy_batch(self._config.parallel.tokens_multiple)] * missing]
+        iterators = [(self._micro_batch(batch) for batch in batches) for _ in self._model.chunks]
         kept: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -156,6 +179,19 @@ class MegatronActor:
             forward_only=forward_only,
         )
         return kept
+
+    def _micro_batch(self, batch: PackedBatch) -> MicroBatch:
+        """This rank's share of a micro-batch."""
+        state = self._state
+        if state.context_size == 1:
+            return MicroBatch.of(batch, state.device)
+        return MicroBatch.of(
+            batch,
+            state.device,
+            context_rank=state.context_rank,
+            context_size=state.context_size,
+            sum_over_context=functools.partial(sum_over_context, group=state.context_group),
+        )
 
 
 def exhaust(stream: Iterable[Any]) -> None:

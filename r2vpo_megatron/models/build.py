@@ -83,11 +83,6 @@ def transformer_config(
     if recompute not in _RECOMPUTE:
         raise ValueError(f"recompute = {recompute!r}: must be one of {', '.join(_RECOMPUTE)}")
     validate_layout(spec, state.tensor_size, state.pipeline_size, state.virtual_pipeline_size)
-    if state.context_size > 1:
-        raise ValueError(
-            f"context = {state.context_size}: packed attention over several context-parallel "
-            "ranks is not implemented; must be 1"
-        )
     fields = _decoder_fields(spec, dtype) | _grid_fields(state)
     fields["sequence_parallel"] = sequence_parallel and state.tensor_size > 1
     fields |= _RECOMPUTE[recompute] | platform.transformer_config_overrides()
@@ -139,10 +134,14 @@ def _grid_fields(state: ParallelState) -> dict[str, Any]:
     }
 
 
-def layer_spec(spec: ModelSpec, platform: Platform, norm: ModuleSpec) -> ModuleSpec:
+def layer_spec(
+    spec: ModelSpec, state: ParallelState, platform: Platform, norm: ModuleSpec
+) -> ModuleSpec:
     """One decoder layer: Megatron's own classes, but for norm, core attention and o_proj."""
     core_attention = functools.partial(
-        PackedCoreAttention, packed_attention=platform.packed_attention
+        PackedCoreAttention,
+        packed_attention=platform.packed_attention,
+        context_group=state.context_group,
     )
     attention = ModuleSpec(
         module=SelfAttention,
@@ -209,7 +208,7 @@ def build_model(
     num_layers = spec.num_layers // (state.pipeline_size * num_chunks)
     norm = ModuleSpec(module=RMSNorm, params={"device": state.device})
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(spec, platform, norm)] * num_layers, layer_norm=norm
+        layer_specs=[layer_spec(spec, state, platform, norm)] * num_layers, layer_norm=norm
     )
     chunks = [
         PolicyModel(

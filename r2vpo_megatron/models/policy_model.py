@@ -58,10 +58,11 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
     ) -> Tensor:
         """Run this stage's layers.
 
-        Collective: every rank of the tensor group must call.
+        Collective: every rank of the tensor and of the context group must call.
 
         Args:
-            input_ids: [1, T] token ids, needed on the first stage (equal across TP).
+            input_ids: [1, T] token ids, needed on the first stage (equal across TP); under context
+                parallelism T counts this context rank's tokens.
             position_ids: [1, T], restarting at 0 for each sequence; needed on every stage.
             attention_mask: must be None; the signature is Megatron's.
             packed_seq_params: from pack_sequences.

@@ -97,7 +97,7 @@ class LearnerGroup:
             trajectories,
             max_tokens_per_micro_batch=parallel.max_tokens_per_micro_batch,
             num_data_parallel_ranks=parallel.data,
-            pad_to_multiple_of=parallel.tensor if parallel.sequence_parallel else 1,
+            pad_to_multiple_of=parallel.tokens_multiple,
         )
         stored = [ray.put(rank_batches) for rank_batches in batches]
         results: list[Any] = ray.get(

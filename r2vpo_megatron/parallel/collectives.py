@@ -2,45 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from r2vpo_megatron.parallel.state import ParallelState
-from r2vpo_megatron.rl.statistics import RatioStatistics, merge_vectors
+from r2vpo_megatron.rl.statistics import (
+    QUANTILES,
+    VECTOR_LENGTH,
+    MicroBatchStatistics,
+    RatioStatistics,
+    excess_quantiles,
+    merge_vectors,
+)
 
 
-def reduce_statistics(vectors_MK: Tensor, state: ParallelState) -> RatioStatistics:
+def reduce_statistics(
+    kept: Sequence[MicroBatchStatistics], state: ParallelState
+) -> RatioStatistics:
     """Merge the statistics of one optimizer step over all ranks, identically on each.
 
     The vectors are gathered over data x context parallel ranks of the last stage and summed in
     rank order in float64 on the host: the same bits on every rank, and without fp64 collectives,
-    which HCCL lacks. Each float64 sum travels as two fp32 numbers, 48 bits of it. Tensor parallel
-    ranks hold duplicates and never take part. Pipeline stages then get the last stage's result.
+    which HCCL lacks. Each float64 sum travels as two fp32 numbers, 48 bits of it. The ratios
+    themselves are gathered as well, for their quantiles. Tensor parallel ranks hold duplicates
+    and never take part. Pipeline stages then get the last stage's result.
 
     Collective: every rank must call, also one whose batch was empty.
 
     Args:
-        vectors_MK: [M, K] fp32 on the last stage, M of its micro-batches; ignored elsewhere.
+        kept: on the last stage, of its micro-batches; ignored elsewhere.
         state: the ranks' layout.
 
     Returns:
         Statistics of the global batch, on every rank.
     """
-    num_entries = vectors_MK.shape[-1]
+    num_entries = VECTOR_LENGTH + len(QUANTILES)
     merged = torch.zeros(2, num_entries, dtype=torch.float32, device=state.device)
     if state.is_last_stage:
-        local = merge_vectors(vectors_MK.cpu())
-        parts = [torch.zeros_like(merged) for _ in range(state.data_size * state.context_size)]
-        dist.all_gather(
-            parts, _split_float64(local).to(state.device), group=state.data_context_group
-        )
+        vectors = torch.zeros(0, VECTOR_LENGTH)
+        if kept:
+            vectors = torch.stack([statistics.vector for statistics in kept]).cpu()
+        local = _split_float64(merge_vectors(vectors)).to(state.device)
+        parts = [torch.zeros_like(local) for _ in range(state.data_size * state.context_size)]
+        dist.all_gather(parts, local, group=state.data_context_group)
         everyone = torch.stack([part.cpu().double().sum(dim=0) for part in parts])
-        merged = _split_float64(merge_vectors(everyone)).to(state.device)
+        excess = [statistics.excess for statistics in kept]
+        values = gather_values(torch.cat(excess or [torch.zeros(0)]), state)
+        result = torch.cat([merge_vectors(everyone), excess_quantiles(values)])
+        merged = _split_float64(result).to(state.device)
     if state.pipeline_size > 1:
         last_stage = dist.get_global_rank(state.pipeline_group, state.pipeline_size - 1)
         dist.broadcast(merged, src=last_stage, group=state.pipeline_group)
-    return RatioStatistics.from_vector(merged.cpu().double().sum(dim=0))
+    vector, quantiles = merged.cpu().double().sum(dim=0).split([VECTOR_LENGTH, len(QUANTILES)])
+    return RatioStatistics.from_vector(vector, quantiles)
+
+
+def gather_values(values_N: Tensor, state: ParallelState) -> Tensor:
+    """All ranks' values, in rank order, over data x context parallel ranks.
+
+    Sizes travel first; then every rank sends as many values as the largest has, since HCCL and
+    gloo gather equal sizes only.
+
+    Collective: every rank of the group must call, whatever number of values it has.
+
+    Args:
+        values_N: [N] fp32 of this rank; N may differ between ranks and be 0.
+        state: the ranks' layout.
+
+    Returns:
+        [sum of N] fp32 on the rank's device.
+    """
+    values_N = values_N.to(state.device, torch.float32)
+    group, num_ranks = state.data_context_group, state.data_size * state.context_size
+    size = torch.tensor([values_N.numel()], dtype=torch.int64, device=state.device)
+    gathered_sizes = [torch.zeros_like(size) for _ in range(num_ranks)]
+    dist.all_gather(gathered_sizes, size, group=group)
+    sizes = torch.cat(gathered_sizes).tolist()
+    if max(sizes) == 0:
+        return values_N
+    padded = values_N.new_zeros(max(sizes))
+    padded[: values_N.numel()] = values_N
+    parts = [torch.empty_like(padded) for _ in range(num_ranks)]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def _split_float64(vector_K: Tensor) -> Tensor:

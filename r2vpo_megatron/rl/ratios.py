@@ -5,6 +5,7 @@ Shape legend: N response tokens of a micro-batch (prompt tokens and padding neve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ class Ratios:
 
     @property
     def ratio(self) -> Tensor:
-        """[N] fp32, rho."""
-        return self.excess + 1.0
+        """[N] fp32, rho; not excess + 1, which is 0 for a rho below 6e-8."""
+        return torch.exp(self.log_ratio)
 
 
 def importance_ratios(policy_logprobs_N: Tensor, behavior_logprobs_N: Tensor) -> Ratios:
@@ -48,3 +49,25 @@ def importance_ratios(policy_logprobs_N: Tensor, behavior_logprobs_N: Tensor) ->
     limited = raw.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     log_ratio = raw + (limited - raw.detach())
     return Ratios(log_ratio, torch.expm1(log_ratio), limited != raw.detach())
+
+
+def truncated_importance_weights(
+    behavior_logprobs_N: Tensor, rollout_logprobs_N: Tensor, cap: float
+) -> Tensor:
+    """min(pi_learner / pi_rollout, cap): corrects for an engine that computes another policy.
+
+    The engine drew the tokens from its own rendering of the weights, while log pi_off is the
+    learner's; this is the importance weight between the two, truncated so that its variance is
+    bounded (Ionides 2008). A constant: neither policy depends on the weights being trained.
+
+    Args:
+        behavior_logprobs_N: [N] fp32, the learner's log-probs with the weights that sampled.
+        rollout_logprobs_N: [N] fp32, the engine's log-probs.
+        cap: largest weight, above 0.
+
+    Returns:
+        [N] fp32 without gradient, in (0, cap].
+    """
+    log_weight = (behavior_logprobs_N - rollout_logprobs_N).detach()
+    weight = torch.exp(log_weight.clamp(max=math.log(cap)))
+    return torch.where(log_weight >= math.log(cap), cap, weight.clamp(max=cap))

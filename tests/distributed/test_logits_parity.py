@@ -7,6 +7,7 @@ copies and the distributed optimizer's parameter gather.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 from r2vpo_megatron.checkpoint.hf_bridge import iterate_hf_weights, load_hf_weights
 from r2vpo_megatron.device import get_platform
 from r2vpo_megatron.models.spec import read_model_spec
-from r2vpo_megatron.parallel.state import destroy_parallel, initialize_parallel
+from r2vpo_megatron.parallel.context import context_positions, sum_over_context
+from r2vpo_megatron.parallel.state import ParallelState, destroy_parallel, initialize_parallel
 from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_checkpoints import (
     BATCHES,
@@ -34,6 +36,7 @@ from tests.distributed.tiny_checkpoints import (
 class Layout:
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     data: int = 1
     sequence_parallel: bool = False
     virtual_pipeline: int | None = None
@@ -41,7 +44,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
 
 LAYOUTS = {
@@ -53,6 +56,11 @@ LAYOUTS = {
     "tp2_pp2_sp": Layout(tensor=2, pipeline=2, sequence_parallel=True, recompute="core_attn"),
     "pp2_vpp2": Layout(pipeline=2, virtual_pipeline=2, recompute="mlp"),
     "tp2_dp2": Layout(tensor=2, data=2),
+    "cp2": Layout(context=2),
+    "cp4_recompute": Layout(context=4, recompute="core_attn"),
+    "tp2_cp2_sp": Layout(tensor=2, context=2, sequence_parallel=True, recompute="full"),
+    "pp2_cp2_dp2": Layout(pipeline=2, context=2, data=2),
+    "pp2_vpp2_cp2": Layout(pipeline=2, virtual_pipeline=2, context=2),
 }
 
 
@@ -60,39 +68,52 @@ LAYOUTS = {
 class Outcome:
     """What one layout, or transformers, made of one checkpoint."""
 
-    logits: list[Tensor]  # [T, vocab] for each of BATCHES, from the last stage
+    logits: list[Tensor]  # [T, vocab] for each of BATCHES, from ranks of the last stage
     grad_norm: float
     stepped: dict[str, Tensor]  # weights after the step by Hugging Face name, from rank 0
 
 
-def _forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
+def _forward_step(batches: Any, model: Any, *, state: ParallelState) -> tuple[Tensor, Any]:
     from r2vpo_megatron.models.attention import pack_sequences
 
     batch: Batch = next(batches)
+    context_rank, context_size = state.context_rank, state.context_size
+    num_tokens = len(batch.token_ids)
+    held = torch.from_numpy(context_positions(num_tokens, context_rank, context_size))
     hidden = model(
-        batch.token_ids.unsqueeze(0),
-        batch.position_ids.unsqueeze(0),
+        batch.token_ids[held].unsqueeze(0),
+        batch.position_ids[held].unsqueeze(0),
         None,
-        packed_seq_params=pack_sequences(batch.cumulative_lengths, torch.device("cpu")),
+        packed_seq_params=pack_sequences(
+            batch.cumulative_lengths,
+            torch.device("cpu"),
+            context_rank=context_rank,
+            context_size=context_size,
+        ),
     )
 
     def loss(hidden: Tensor, non_loss_data: bool = False) -> Any:
         unwrapped = model.module if hasattr(model, "module") else model
         logits = unwrapped.compute_logits(hidden)[:, 0]
         if non_loss_data:
-            return logits
-        total = torch.nn.functional.cross_entropy(logits, batch.target_ids, reduction="sum")
-        return total, torch.tensor(len(batch.token_ids), dtype=torch.int), {}
+            everyone = logits.new_zeros(num_tokens, logits.shape[1])
+            everyone[held] = logits
+            return sum_over_context(everyone, state.context_group)
+        targets = batch.target_ids[held]
+        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return total, torch.tensor(len(held), dtype=torch.int), {}
 
     return hidden, loss
 
 
-def _run_schedule(chunks: list[Any], batches: list[Batch], **kwargs: Any) -> list[Any]:
+def _run_schedule(
+    chunks: list[Any], batches: list[Batch], state: ParallelState, **kwargs: Any
+) -> list[Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     iterators = [iter(batches) for _ in chunks]
     results: list[Any] = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=functools.partial(_forward_step, state=state),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
@@ -103,7 +124,7 @@ def _run_schedule(chunks: list[Any], batches: list[Batch], **kwargs: Any) -> lis
     return results
 
 
-def _run_checkpoint(layout: Layout, state: Any, folder: Path) -> Outcome:
+def _run_checkpoint(layout: Layout, state: ParallelState, folder: Path) -> Outcome:
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -124,7 +145,7 @@ def _run_checkpoint(layout: Layout, state: Any, folder: Path) -> Outcome:
     )
     load_hf_weights(chunks, spec, state, folder)
     batches = list(BATCHES)
-    logits = _run_schedule(chunks, batches, forward_only=True, collect_non_loss_data=True)
+    logits = _run_schedule(chunks, batches, state, forward_only=True, collect_non_loss_data=True)
 
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True
@@ -144,7 +165,7 @@ def _run_checkpoint(layout: Layout, state: Any, folder: Path) -> Outcome:
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     local_batches = batches[state.data_rank :: state.data_size]
-    _run_schedule(wrapped, local_batches, forward_only=False)
+    _run_schedule(wrapped, local_batches, state, forward_only=False)
     with platform.optimizer_context():
         _, grad_norm, _ = optimizer.step()
     stepped = {
@@ -164,6 +185,7 @@ def _run_layout(
         world_size=world_size,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
+        context=layout.context,
         virtual_pipeline=layout.virtual_pipeline,
         init_method=init_method,
         timeout_seconds=60,

@@ -77,6 +77,7 @@ def test_eight_ranks_make_two_replicas_of_two_stages_of_two() -> None:
     [
         (4, {"tensor": 0, "pipeline": 1}, "tensor = 0: must be at least 1"),
         (4, {"tensor": 3, "pipeline": 1}, "world_size = 4: must be a multiple .* = 3 x 1 x 1 = 3"),
+        (4, {"tensor": 1, "pipeline": 1, "context": 3}, "must be a multiple .* = 1 x 1 x 3 = 3"),
         (2, {"tensor": 1, "pipeline": 1, "virtual_pipeline": 2}, "virtual_pipeline = 2 with pipel"),
         (2, {"tensor": 1, "pipeline": 2, "virtual_pipeline": 1}, "virtual_pipeline = 1: must be"),
     ],

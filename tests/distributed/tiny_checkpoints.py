@@ -49,7 +49,9 @@ def make_batch(lengths: tuple[int, ...], seed: int) -> Batch:
 BATCHES = (make_batch(PACKED_LENGTHS, 1), make_batch(SINGLE_LENGTHS, 2))
 
 
-def save_checkpoint(variant: str, folder: Path) -> torch.nn.Module:
+def save_checkpoint(
+    variant: str, folder: Path, *, num_heads: int = 4, num_kv_heads: int = 2
+) -> torch.nn.Module:
     """Write a checkpoint whose every parameter, biases and norms included, is random."""
     architecture, tying = variant.split("-")
     config_class, model_class, extra = {
@@ -61,8 +63,8 @@ def save_checkpoint(variant: str, folder: Path) -> torch.nn.Module:
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
         intermediate_size=48,
         rms_norm_eps=1e-5,
         max_position_embeddings=64,

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from r2vpo_megatron.rl.objectives import OBJECTIVES, ObjectiveInputs
-from r2vpo_megatron.rl.objectives.baselines import GRPO
+from r2vpo_megatron.rl.objectives.baselines import GPPO, GRPO, SPO, TOPR, Unclipped
 from r2vpo_megatron.rl.objectives.r2vpo import R2VPO
 from r2vpo_megatron.rl.ratios import MAX_LOG_RATIO, importance_ratios
 
-LOG_RATIOS = [-25.0, -6.0, -1.0, -0.3, -0.1, -1e-6, 0.0, 1e-6, 0.1, 0.21, 0.26, 1.0, 6.0, 12.0]
+# Around 1, at the edges of the clips, at the limit of +-20 and beyond it.
+LOG_RATIOS = [-45.0, -20.5, -20.0, -6.0, -1.0, -0.3, -0.1, -1e-6, 0.0]
+LOG_RATIOS += [1e-6, 0.1, 0.21, 0.26, 1.0, 6.0, 12.0, 20.0, 20.5, 25.0]
 ADVANTAGES = [-2.5, -1.0, 0.0, 0.3, 1.0, 2.0]
+
+
+def test_the_table_holds_the_papers_objectives_and_nothing_changes_them():
+    assert {
+        "r2vpo": R2VPO(),
+        "grpo": GRPO(eps_low=0.2, eps_high=0.2),
+        "grpo_clip_high": GRPO(eps_low=0.2, eps_high=0.28),
+        "gppo": GPPO(eps_low=0.2, eps_high=0.28),
+        "topr": TOPR(ratio_level="sequence_product"),
+        "topr_geometric": TOPR(ratio_level="sequence_geometric"),
+        "topr_token": TOPR(ratio_level="token"),
+        "spo": SPO(eps=0.2),
+        "unclipped": Unclipped(),
+    } == OBJECTIVES
+    for objective in OBJECTIVES.values():
+        assert dataclasses.is_dataclass(objective)
+        name = dataclasses.fields(objective)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(objective, name, None)
+    local = {name for name, objective in OBJECTIVES.items() if not objective.needs_sequence_ratio}
+    assert OBJECTIVES.keys() - local == {"topr", "topr_geometric"}
 
 
 def make_inputs(policy, behavior, advantages, ratio_penalty, num_per_sequence=7):
@@ -93,6 +117,25 @@ def test_limits_give_the_unclipped_objective():
     torch.testing.assert_close(wide.gradient_weight(inputs), expected)
 
 
+def test_r2vpo_is_spo_at_another_width():
+    # lambda 0.04 at |A| = 1 is SPO with eps = |A| / (2 lambda) = 12.5; eps 0.2 is lambda 2.5.
+    policy, behavior, advantages = grid(torch.float64)
+    advantages = advantages.sign()
+    for ratio_penalty, eps in ((0.04, 12.5), (2.5, 0.2)):
+        inputs = make_inputs(policy, behavior, advantages, ratio_penalty)
+        ours, theirs = R2VPO().gradient_weight(inputs), SPO(eps).gradient_weight(inputs)
+        torch.testing.assert_close(ours[advantages != 0], theirs[advantages != 0])
+
+
+def test_within_their_bounds_the_clipped_objectives_are_unclipped():
+    policy = torch.linspace(math.log(0.81), math.log(1.19), 30, dtype=torch.float64)
+    advantages = torch.linspace(-2, 2, 30, dtype=torch.float64)
+    inputs = make_inputs(policy, torch.zeros_like(policy), advantages, 0.0)
+    expected = OBJECTIVES["unclipped"].gradient_weight(inputs)
+    for name in ("grpo", "grpo_clip_high", "gppo"):
+        assert torch.equal(OBJECTIVES[name].gradient_weight(inputs), expected), name
+
+
 def test_topr_weights_a_response_by_its_product_or_geometric_mean():
     # One response of two tokens with ratios 0.5 and 0.25: product 0.125, geometric mean 0.3536.
     policy = torch.tensor([0.5, 0.25], dtype=torch.float64).log()
@@ -107,13 +150,19 @@ def test_topr_weights_a_response_by_its_product_or_geometric_mean():
 def test_float32_agrees_with_float64_down_to_tiny_deviations(name):
     magnitudes = torch.logspace(-6, 0, 25, dtype=torch.float64)
     log_ratio = torch.cat([-magnitudes, magnitudes]).float().double()
-    advantages = torch.linspace(-2, 2, 50, dtype=torch.float32).double()
-    weights = []
-    for dtype in (torch.float32, torch.float64):
-        policy, zeros = log_ratio.to(dtype), torch.zeros(50, dtype=dtype)
-        inputs = make_inputs(policy, zeros, advantages.to(dtype), 0.04)
-        weights.append(OBJECTIVES[name].gradient_weight(inputs).double())
-    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-9)
+    # Without an advantage nothing is left but the penalty, which is as small as the deviation.
+    for advantage in (-2.0, -0.3, 0.0, 0.3, 2.0):
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            policy = log_ratio.to(dtype).requires_grad_()
+            zeros = torch.zeros(50, dtype=dtype)
+            inputs = make_inputs(policy, zeros, zeros + advantage, 0.04)
+            surrogate = OBJECTIVES[name].surrogate(inputs)
+            (gradient,) = torch.autograd.grad(surrogate.sum(), policy)
+            weight = OBJECTIVES[name].gradient_weight(inputs)
+            results.append([gradient.double(), weight.double()])
+        for float32, float64 in zip(*results, strict=True):
+            torch.testing.assert_close(float32, float64, rtol=1e-5, atol=0.0)
 
 
 def test_excess_is_accurate_near_one_and_limited_far_off():
@@ -132,3 +181,19 @@ def test_a_limited_ratio_keeps_its_gradient():
     ratio = math.exp(MAX_LOG_RATIO)
     assert policy.grad is not None
     assert policy.grad.item() == pytest.approx(-2 * ratio * (ratio - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["r2vpo", "spo", "unclipped"])
+def test_a_token_far_below_the_behaviour_policy_still_has_a_gradient(name):
+    """In fp32 rho - 1 is exactly -1 below rho = 6e-8; rho itself is not 0."""
+    ratios = importance_ratios(torch.tensor([-40.0, -18.0]), torch.zeros(2))
+    inputs = ObjectiveInputs(
+        ratios=ratios,
+        advantages=torch.ones(2),
+        sequence_log_ratio=None,
+        sequence_lengths=torch.ones(2),
+        ratio_penalty=0.04,
+    )
+    weights = OBJECTIVES[name].gradient_weight(inputs)
+    assert (weights > 0).all()  # so ratio/clipped_fraction does not count them
+    torch.testing.assert_close(ratios.ratio, torch.tensor([-20.0, -18.0]).exp())

@@ -47,7 +47,7 @@ class GRPO:
         excess, advantages = inputs.ratios.excess.detach(), inputs.advantages
         above = (advantages > 0) & (excess > self.eps_high)
         below = (advantages < 0) & (excess < -self.eps_low)
-        return torch.where(above | below, 0.0, (1.0 + excess) * advantages)
+        return torch.where(above | below, 0.0, inputs.ratios.ratio.detach() * advantages)
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,14 @@ class SPO:
     def surrogate(self, inputs: ObjectiveInputs) -> Tensor:
         """The quadratic that peaks at |rho - 1| = eps."""
         excess, advantages = inputs.ratios.excess, inputs.advantages
-        return (1.0 + excess) * advantages - advantages.abs() * excess.square() / (2 * self.eps)
+        penalty = advantages.abs() * excess.square() / (2 * self.eps)
+        return inputs.ratios.ratio * advantages - penalty
 
     def gradient_weight(self, inputs: ObjectiveInputs) -> Tensor:
         """Rho (A - |A| (rho - 1) / eps)."""
         excess, advantages = inputs.ratios.excess.detach(), inputs.advantages
-        return (1.0 + excess) * (advantages - advantages.abs() * excess / self.eps)
+        slope = advantages - advantages.abs() * excess / self.eps
+        return inputs.ratios.ratio.detach() * slope
 
 
 @dataclass(frozen=True)

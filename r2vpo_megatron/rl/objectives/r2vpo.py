@@ -29,5 +29,5 @@ class R2VPO:
 
     def gradient_weight(self, inputs: ObjectiveInputs) -> Tensor:
         """rho (A - 2 lambda (rho - 1))."""
-        excess = inputs.ratios.excess.detach()
-        return (1.0 + excess) * (inputs.advantages - 2.0 * inputs.ratio_penalty * excess)
+        ratio, excess = inputs.ratios.ratio.detach(), inputs.ratios.excess.detach()
+        return ratio * (inputs.advantages - 2.0 * inputs.ratio_penalty * excess)
