@@ -8,9 +8,10 @@ chunk are made, reduced to a few numbers per token and dropped. Two ways to the 
               be (`ExpectedSlopes`); the gradients are then formed while the logits are there:
               three products, which is the least there is, and nothing is made twice
 
-With bf16 hidden states and weights the products with the weight are rounded to bf16, as in vLLM
-and transformers; everything after the logits, and the sum of the weight's gradient over the
-chunks, is fp32. A weight with a `main_grad` (Megatron's gradient buffer) gets its gradient there.
+With bf16 hidden states and weights the products with the weight take and give bf16, as in vLLM and
+transformers; everything between the logits and their gradient, and the sum of the weight's
+gradient over the chunks, is fp32. A weight with a `main_grad` (Megatron's gradient buffer) gets its
+gradient there.
 
 Shape legend: N tokens, C tokens of a chunk, H hidden size, V vocabulary columns of this rank.
 """
@@ -29,8 +30,8 @@ from torch import Tensor
 # and not NaN when the shards are combined.
 PADDED_LOGIT = -1e30
 
-# Tokens of a chunk are as many as make logits of this size in fp32. More would need more memory,
-# fewer more passes over the weight's gradient.
+# Tokens of a chunk are as many as make logits of this size. More would need more memory, fewer
+# more passes over the weight's gradient.
 CHUNK_BYTES = 512 << 20
 # A CPU takes the softmax a few rows at a time: they stay in its cache over the passes (34 against
 # 93 ms for 256 x 153,376). An accelerator would only wait for launches.
@@ -115,7 +116,7 @@ def vocab_parallel_logprobs(
         on every rank.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight_VH.shape[0]))
+        chunk_tokens = max(1, CHUNK_BYTES // (weight_VH.shape[0] * weight_VH.dtype.itemsize))
     head = _Head(shard, 1.0 / temperature, chunk_tokens, with_entropy)
     if expected is None:
         logprobs, entropy = _GeneralHead.apply(hidden_NH, weight_VH, targets_N, head)
@@ -135,15 +136,16 @@ class _Head:
         for start in range(0, num_tokens, self.chunk_tokens):
             yield slice(start, start + self.chunk_tokens)
 
-    def logits(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """[C, V] logits of this rank in fp32, padded columns pushed out of reach."""
-        logits_CV = hidden_CH @ weight_VH.t()
-        if logits_CV.dtype.itemsize < 4:
-            logits_CV = logits_CV.float()
+    def logits_(self, rows: Tensor) -> Tensor:
+        """[rows, V] logits, fp32 at least, from those of the product: scaled, padding out of reach.
+
+        In place where the rows are wide enough already.
+        """
+        logits = rows if rows.dtype.itemsize >= 4 else rows.float()
         if self.scale != 1.0:
-            logits_CV.mul_(self.scale)
-        logits_CV[:, self.shard.num_valid :] = PADDED_LOGIT
-        return logits_CV
+            logits.mul_(self.scale)
+        logits[:, self.shard.num_valid :] = PADDED_LOGIT
+        return logits
 
     def local_targets(self, targets_C: Tensor) -> tuple[Tensor, Tensor]:
         """[C] column of each target in this shard (0 if elsewhere), [C] whether it is here."""
@@ -169,34 +171,68 @@ def _row_blocks(matrix: Tensor, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]
     """Rows that fit a cache, each block with its entries of the vectors as columns [rows, 1]."""
     num_rows = len(matrix)
     if matrix.device.type == "cpu":
-        num_rows = max(1, CPU_BLOCK_BYTES // (matrix.shape[1] * matrix.dtype.itemsize))
+        num_rows = max(1, CPU_BLOCK_BYTES // (4 * matrix.shape[1]))
     columns = [vector.unsqueeze(1).split(num_rows) for vector in vectors]
     return zip(matrix.split(num_rows), *columns, strict=True)
 
 
-def _softmax_(logits_CV: Tensor, targets_C: Tensor, head: _Head) -> tuple[_Softmax, Tensor]:
-    """Reduce the logits, overwriting each by exp(logit - this rank's maximum of the row).
+def _softmax_(matrix_CV: Tensor, targets_C: Tensor, head: _Head) -> tuple[_Softmax, Tensor]:
+    """Reduce the product's logits, overwriting each by exp(logit - this rank's maximum of the row).
 
     Returns:
         The softmax over all ranks, and [C] this rank's maxima.
     """
     columns_C, is_here_C = head.local_targets(targets_C)
-    target_C = logits_CV.gather(1, columns_C.unsqueeze(1)).squeeze(1)
-    maxima_C = logits_CV.amax(dim=1)
-    sums, weighted = [], []
-    for rows, maxima in _row_blocks(logits_CV, maxima_C):
-        rows.sub_(maxima)
+    blocks = []
+    for rows, columns, is_here in _row_blocks(matrix_CV, columns_C, is_here_C):
+        logits = head.logits_(rows)
+        target = torch.where(is_here, logits.gather(1, columns), 0.0)
+        maxima = logits.amax(dim=1, keepdim=True)
+        logits.sub_(maxima)
         if head.with_entropy:
-            exponentials = rows.exp()
-            weighted.append(rows.mul_(exponentials).sum(dim=1))
-            rows.copy_(exponentials)
+            exponentials = logits.exp()
+            weighted = logits.mul_(exponentials).sum(dim=1, keepdim=True)
         else:
-            rows.exp_()
-        sums.append(rows.sum(dim=1))
-    sums_C = torch.cat(sums)
-    weighted_C = torch.cat(weighted) if head.with_entropy else torch.zeros_like(sums_C)
-    local = torch.stack([maxima_C, sums_C, torch.where(is_here_C, target_C, 0.0), weighted_C])
-    return _combine_shards(local, head), maxima_C
+            exponentials = logits.exp_()
+            weighted = torch.zeros_like(maxima)
+        sums = exponentials.sum(dim=1, keepdim=True)
+        if exponentials is not rows:
+            rows.copy_(exponentials)
+        blocks.append(torch.cat([maxima, sums, target, weighted], dim=1))
+    local_KC = torch.cat(blocks).t().contiguous()
+    return _combine_shards(local_KC, head), local_KC[0]
+
+
+def _logit_gradient_(
+    exps_CV: Tensor,
+    factors_C: Tensor,
+    slopes_C: Tensor,
+    logprobs_C: Tensor,
+    targets_C: Tensor,
+    head: _Head,
+) -> None:
+    """Turn exponentials into the gradient of the product's logits.
+
+    d log-prob / d logit_j = scale ((j is the target) - p_j). The target's entry is made of its
+    log-prob: where p is almost 1, 1 - p of a p in bf16 has no digit left.
+
+    Args:
+        exps_CV: [C, V] from `_softmax_`; overwritten.
+        factors_C: [C] fp32, the probability of a column over its exponential.
+        slopes_C: [C] fp32, derivative of the loss by the log-prob.
+        logprobs_C: [C] fp32.
+        targets_C: [C] int64.
+        head: settings.
+    """
+    at_all_C = -head.scale * slopes_C * factors_C
+    at_target_C = -head.scale * slopes_C * torch.expm1(logprobs_C)
+    columns_C, is_here_C = head.local_targets(targets_C)
+    blocks = _row_blocks(exps_CV, at_all_C, at_target_C, columns_C, is_here_C)
+    for rows, at_all, at_target, columns, is_here in blocks:
+        gradient = rows.mul_(at_all) if rows.dtype == at_all.dtype else rows * at_all
+        gradient.scatter_(1, columns, torch.where(is_here, at_target, gradient.gather(1, columns)))
+        if gradient is not rows:
+            rows.copy_(gradient)
 
 
 def _combine_shards(local_KC: Tensor, head: _Head) -> _Softmax:
@@ -236,9 +272,8 @@ class _GradientSums:
         )
 
     def add(self, chunk: slice, grad_logits_CV: Tensor) -> None:
-        """Two products, with the gradient of a chunk's logits."""
+        """Two products, with the gradient of a chunk's logits in the hidden states' dtype."""
         hidden_CH = self._hidden_NH[chunk]
-        grad_logits_CV = grad_logits_CV.to(hidden_CH.dtype)
         torch.matmul(grad_logits_CV, self._weight_VH, out=self.hidden_NH[chunk])
         if self.weight_VH.dtype == hidden_CH.dtype:
             self.weight_VH.addmm_(grad_logits_CV.t(), hidden_CH)
@@ -256,13 +291,6 @@ class _GradientSums:
         return None if self._has_main_grad else self.weight_VH.to(self._weight_VH.dtype)
 
 
-def _add_at_targets_(matrix_CV: Tensor, values_C: Tensor, targets_C: Tensor, head: _Head) -> None:
-    """Add each token's value at its target's column, where that is in this shard."""
-    columns_C, is_here_C = head.local_targets(targets_C)
-    here_C = torch.where(is_here_C, values_C, 0.0)
-    matrix_CV.scatter_add_(1, columns_C.unsqueeze(1), here_C.unsqueeze(1))
-
-
 class _OnePassHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -276,14 +304,15 @@ class _OnePassHead(torch.autograd.Function):
         sums = _GradientSums(hidden_NH, weight_VH, getattr(weight_VH, "main_grad", None))
         logprobs, entropies, slopes = [], [], []
         for chunk in head.chunks(len(targets_N)):
-            exps_CV = head.logits(hidden_NH[chunk], weight_VH)
-            softmax, maxima_C = _softmax_(exps_CV, targets_N[chunk], head)
+            matrix_CV = hidden_NH[chunk] @ weight_VH.t()
+            softmax, maxima_C = _softmax_(matrix_CV, targets_N[chunk], head)
             slopes_C = expected.slopes_of(softmax.logprobs, chunk)
-            # d log-prob / d logit_j = scale ((j is the target) - p_j)
-            to_probability_C = torch.exp(maxima_C - softmax.maximum) / softmax.normalizer
-            exps_CV.mul_((-head.scale * slopes_C * to_probability_C).unsqueeze(1))
-            _add_at_targets_(exps_CV, head.scale * slopes_C, targets_N[chunk], head)
-            sums.add(chunk, exps_CV)
+            factors_C = torch.exp(maxima_C - softmax.maximum) / softmax.normalizer
+            _logit_gradient_(
+                matrix_CV, factors_C, slopes_C, softmax.logprobs, targets_N[chunk], head
+            )
+            sums.add(chunk, matrix_CV)
+            del matrix_CV  # else two chunks' are alive at once
             logprobs.append(softmax.logprobs)
             entropies.append(softmax.entropy)
             slopes.append(slopes_C)
@@ -311,8 +340,9 @@ class _GeneralHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         softmaxes = []
         for chunk in head.chunks(len(targets_N)):
-            logits_CV = head.logits(hidden_NH[chunk], weight_VH)
-            softmaxes.append(_softmax_(logits_CV, targets_N[chunk], head)[0])
+            matrix_CV = hidden_NH[chunk] @ weight_VH.t()
+            softmaxes.append(_softmax_(matrix_CV, targets_N[chunk], head)[0])
+            del matrix_CV  # else two chunks' are alive at once
         empty = hidden_NH.new_zeros(0, dtype=torch.float32)
         maximum_N, normalizer_N, logprobs_N, entropy_N = (
             torch.cat([empty, *(getattr(softmax, name) for softmax in softmaxes)])
@@ -333,19 +363,25 @@ class _GeneralHead(torch.autograd.Function):
         if grad_logprobs_N is None:
             grad_logprobs_N = torch.zeros_like(maximum_N)
         for chunk in head.chunks(len(targets_N)):
-            matrix_CV = head.logits(hidden_NH[chunk], weight_VH)
-            slopes_C, normalizer_C = grad_logprobs_N[chunk], normalizer_N[chunk]
-            at_all_C = -scale * slopes_C / normalizer_C
-            if grad_entropy_N is None:
-                for rows, maxima, slopes in _row_blocks(matrix_CV, maximum_N[chunk], at_all_C):
-                    rows.sub_(maxima).exp_().mul_(slopes)
-            else:  # d entropy / d logit_j = -scale p_j (log p_j + entropy)
-                at_log_C = -scale * grad_entropy_N[chunk] / normalizer_C
-                offset_C = normalizer_C.log() - entropy_N[chunk]
-                blocks = _row_blocks(matrix_CV, maximum_N[chunk], at_all_C, at_log_C, offset_C)
-                for rows, maxima, slopes, log_slopes, offsets in blocks:
-                    exponentials = rows.sub_(maxima).exp()
-                    rows.sub_(offsets).mul_(log_slopes).add_(slopes).mul_(exponentials)
-            _add_at_targets_(matrix_CV, scale * slopes_C, targets_N[chunk], head)
+            matrix_CV = hidden_NH[chunk] @ weight_VH.t()
+            columns_C, is_here_C = head.local_targets(targets_N[chunk])
+            slopes_C, normalizer_C = scale * grad_logprobs_N[chunk], normalizer_N[chunk]
+            vectors = [maximum_N[chunk], slopes_C, slopes_C / normalizer_C, columns_C, is_here_C]
+            if grad_entropy_N is not None:
+                vectors.append(normalizer_C.log() - entropy_N[chunk])
+                vectors.append(scale * grad_entropy_N[chunk] / normalizer_C)
+            blocks = _row_blocks(matrix_CV, *vectors)
+            for rows, maxima, slopes, at_all, columns, is_here, *entropy in blocks:
+                shifted = head.logits_(rows).sub_(maxima)
+                if not entropy:
+                    gradient = shifted.exp_().mul_(-at_all)
+                else:  # d entropy / d logit_j = -scale p_j (log p_j + entropy)
+                    offsets, at_log = entropy
+                    exponentials = shifted.exp()
+                    gradient = shifted.sub_(offsets).mul_(at_log).add_(at_all).mul_(-exponentials)
+                gradient.scatter_add_(1, columns, torch.where(is_here, slopes, 0.0))
+                if gradient is not rows:
+                    rows.copy_(gradient)
             sums.add(chunk, matrix_CV)
+            del matrix_CV, rows, shifted, gradient  # else two chunks' are alive at once
         return sums.hidden_NH, sums.weight_for_autograd(), None, None

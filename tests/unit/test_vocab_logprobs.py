@@ -198,3 +198,25 @@ def test_chunks_bound_the_logits(monkeypatch):
     targets = torch.zeros(25, dtype=torch.long)
     vocab_parallel_logprobs(torch.randn(25, 4), torch.randn(128, 4), targets, shard)
     assert sizes == [(10, 128), (10, 128), (5, 128)]
+
+
+@pytest.mark.parametrize("is_one_pass", [False, True])
+def test_bf16_keeps_the_gradient_of_a_token_that_is_all_but_certain(is_one_pass):
+    """p = 0.9996 is 1 in bf16, and 1 - p is all there is of the target's gradient."""
+    hidden = torch.ones(1, 1).bfloat16().requires_grad_()
+    weight = torch.zeros(64, 1).bfloat16()
+    weight[5] = 12.0
+    weight.requires_grad_()
+    logprobs, _ = vocab_parallel_logprobs(
+        hidden,
+        weight,
+        torch.tensor([5]),
+        VocabularyShard.of_rank(64, 64, 0, None),
+        expected=ExpectedSlopes(lambda logprobs, _: torch.ones_like(logprobs), lambda _: None)
+        if is_one_pass
+        else None,
+    )
+    logprobs.sum().backward()
+    p = weight.detach().double().softmax(dim=0)
+    expected = torch.nn.functional.one_hot(torch.tensor([5]), 64).double().t() - p
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-2, atol=0.0)
