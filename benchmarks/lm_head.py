@@ -98,7 +98,8 @@ def general_pass(inputs: HeadInputs) -> Outputs:
 
 
 def _ours(inputs: HeadInputs, expected: Any) -> Outputs:
-    from r2vpo_megatron.parallel.vocab_logprobs import VocabularyShard, vocab_parallel_logprobs
+    from r2vpo_megatron.parallel.vocab_logprobs import vocab_parallel_logprobs
+    from r2vpo_megatron.parallel.vocab_softmax import VocabularyShard
 
     inputs.weight_VH.main_grad = inputs.main_grad_VH
     logprobs_N, _ = vocab_parallel_logprobs(

@@ -22,11 +22,8 @@ from torch import Tensor
 from r2vpo_megatron.learner.head_checks import HeadChecks
 from r2vpo_megatron.learner.micro_batch import MicroBatch
 from r2vpo_megatron.parallel.state import ParallelState
-from r2vpo_megatron.parallel.vocab_logprobs import (
-    ExpectedSlopes,
-    VocabularyShard,
-    vocab_parallel_logprobs,
-)
+from r2vpo_megatron.parallel.vocab_logprobs import ExpectedSlopes, vocab_parallel_logprobs
+from r2vpo_megatron.parallel.vocab_softmax import VocabularyShard
 from r2vpo_megatron.rl.aggregation import denominator_count
 from r2vpo_megatron.rl.loss import LossSettings, loss_gradient, policy_loss
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r2vpo_megatron.parallel.vocab_logprobs import VocabularyShard
+from r2vpo_megatron.parallel.vocab_softmax import VocabularyShard
 
 SAMPLE_TOKENS = 256  # of a micro-batch, for the plain path
 _PLAIN_TOKENS = 64  # whose whole logits are there at a time

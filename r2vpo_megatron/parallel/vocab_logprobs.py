@@ -18,53 +18,25 @@ Shape legend: N tokens, C tokens of a chunk, H hidden size, V vocabulary columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-# Logit of a padded column. Finite, so that a shard of nothing but padding yields 0 * finite = 0
-# and not NaN when the shards are combined.
-PADDED_LOGIT = -1e30
+from r2vpo_megatron.parallel.vocab_softmax import (
+    HeadSettings,
+    VocabularyShard,
+    row_blocks,
+    softmax_,
+)
 
 # Tokens of a chunk are as many as make logits of this size. More would need more memory, fewer
 # more passes over the weight's gradient.
 CHUNK_BYTES = 512 << 20
-# A CPU takes the softmax a few rows at a time: they stay in its cache over the passes (34 against
-# 93 ms for 256 x 153,376). An accelerator would only wait for launches.
-CPU_BLOCK_BYTES = 4 << 20
 # Vocabulary rows of one product of the weight's gradient, where it is not fp32 like its sum.
 GRADIENT_BLOCK_COLUMNS = 16384
-
-
-@dataclass(frozen=True)
-class VocabularyShard:
-    """Which columns of the vocabulary this tensor parallel rank holds.
-
-    Attributes:
-        start: id of the shard's first column.
-        num_valid: leading columns that stand for a token; the rest is padding.
-        group: the tensor parallel group; None for a whole vocabulary on one rank.
-    """
-
-    start: int
-    num_valid: int
-    group: dist.ProcessGroup | None
-
-    @classmethod
-    def of_rank(
-        cls,
-        vocab_size: int,
-        shard_columns: int,
-        tensor_rank: int,
-        group: dist.ProcessGroup | None,
-    ) -> VocabularyShard:
-        """The shard of `tensor_rank`, of `shard_columns` columns, padding at the very end."""
-        start = tensor_rank * shard_columns
-        return cls(start, min(max(vocab_size - start, 0), shard_columns), group)
 
 
 @dataclass(frozen=True)
@@ -117,90 +89,12 @@ def vocab_parallel_logprobs(
     """
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_BYTES // (weight_VH.shape[0] * weight_VH.dtype.itemsize))
-    head = _Head(shard, 1.0 / temperature, chunk_tokens, with_entropy)
+    head = HeadSettings(shard, 1.0 / temperature, chunk_tokens, with_entropy)
     if expected is None:
         logprobs, entropy = _GeneralHead.apply(hidden_NH, weight_VH, targets_N, head)
     else:
         logprobs, entropy = _OnePassHead.apply(hidden_NH, weight_VH, targets_N, head, expected)
     return logprobs, entropy if with_entropy else None
-
-
-@dataclass(frozen=True)
-class _Head:
-    shard: VocabularyShard
-    scale: float  # 1 / temperature
-    chunk_tokens: int
-    with_entropy: bool
-
-    def chunks(self, num_tokens: int) -> Iterator[slice]:
-        for start in range(0, num_tokens, self.chunk_tokens):
-            yield slice(start, start + self.chunk_tokens)
-
-    def logits_(self, rows: Tensor) -> Tensor:
-        """[rows, V] logits, fp32 at least, from those of the product: scaled, padding out of reach.
-
-        In place where the rows are wide enough already.
-        """
-        logits = rows if rows.dtype.itemsize >= 4 else rows.float()
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        logits[:, self.shard.num_valid :] = PADDED_LOGIT
-        return logits
-
-    def local_targets(self, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        """[C] column of each target in this shard (0 if elsewhere), [C] whether it is here."""
-        columns = targets_C - self.shard.start
-        is_here = (columns >= 0) & (columns < self.shard.num_valid)
-        return torch.where(is_here, columns, 0), is_here
-
-
-@dataclass(frozen=True)
-class _Softmax:
-    """Per token, the same on all ranks of the tensor group: [C] each.
-
-    The probability of a column is exp(logit - maximum) / normalizer.
-    """
-
-    maximum: Tensor
-    normalizer: Tensor  # at least 1, so no log-prob can round to above 0
-    logprobs: Tensor
-    entropy: Tensor  # 0 where it was not asked for
-
-
-def _row_blocks(matrix: Tensor, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows that fit a cache, each block with its entries of the vectors as columns [rows, 1]."""
-    num_rows = len(matrix)
-    if matrix.device.type == "cpu":
-        num_rows = max(1, CPU_BLOCK_BYTES // (4 * matrix.shape[1]))
-    columns = [vector.unsqueeze(1).split(num_rows) for vector in vectors]
-    return zip(matrix.split(num_rows), *columns, strict=True)
-
-
-def _softmax_(matrix_CV: Tensor, targets_C: Tensor, head: _Head) -> tuple[_Softmax, Tensor]:
-    """Reduce the product's logits, overwriting each by exp(logit - this rank's maximum of the row).
-
-    Returns:
-        The softmax over all ranks, and [C] this rank's maxima.
-    """
-    columns_C, is_here_C = head.local_targets(targets_C)
-    blocks = []
-    for rows, columns, is_here in _row_blocks(matrix_CV, columns_C, is_here_C):
-        logits = head.logits_(rows)
-        target = torch.where(is_here, logits.gather(1, columns), 0.0)
-        maxima = logits.amax(dim=1, keepdim=True)
-        logits.sub_(maxima)
-        if head.with_entropy:
-            exponentials = logits.exp()
-            weighted = logits.mul_(exponentials).sum(dim=1, keepdim=True)
-        else:
-            exponentials = logits.exp_()
-            weighted = torch.zeros_like(maxima)
-        sums = exponentials.sum(dim=1, keepdim=True)
-        if exponentials is not rows:
-            rows.copy_(exponentials)
-        blocks.append(torch.cat([maxima, sums, target, weighted], dim=1))
-    local_KC = torch.cat(blocks).t().contiguous()
-    return _combine_shards(local_KC, head), local_KC[0]
 
 
 def _logit_gradient_(
@@ -209,7 +103,7 @@ def _logit_gradient_(
     slopes_C: Tensor,
     logprobs_C: Tensor,
     targets_C: Tensor,
-    head: _Head,
+    head: HeadSettings,
 ) -> None:
     """Turn exponentials into the gradient of the product's logits.
 
@@ -217,7 +111,7 @@ def _logit_gradient_(
     log-prob: where p is almost 1, 1 - p of a p in bf16 has no digit left.
 
     Args:
-        exps_CV: [C, V] from `_softmax_`; overwritten.
+        exps_CV: [C, V] from `softmax_`; overwritten.
         factors_C: [C] fp32, the probability of a column over its exponential.
         slopes_C: [C] fp32, derivative of the loss by the log-prob.
         logprobs_C: [C] fp32.
@@ -227,34 +121,12 @@ def _logit_gradient_(
     at_all_C = -head.scale * slopes_C * factors_C
     at_target_C = -head.scale * slopes_C * torch.expm1(logprobs_C)
     columns_C, is_here_C = head.local_targets(targets_C)
-    blocks = _row_blocks(exps_CV, at_all_C, at_target_C, columns_C, is_here_C)
+    blocks = row_blocks(exps_CV, at_all_C, at_target_C, columns_C, is_here_C)
     for rows, at_all, at_target, columns, is_here in blocks:
         gradient = rows.mul_(at_all) if rows.dtype == at_all.dtype else rows * at_all
         gradient.scatter_(1, columns, torch.where(is_here, at_target, gradient.gather(1, columns)))
         if gradient is not rows:
             rows.copy_(gradient)
-
-
-def _combine_shards(local_KC: Tensor, head: _Head) -> _Softmax:
-    """The softmax of the whole vocabulary from each shard's four numbers, in one round."""
-    group = head.shard.group
-    if group is None or dist.get_world_size(group) == 1:
-        gathered_RKC = local_KC.unsqueeze(0)
-    else:
-        parts = [torch.empty_like(local_KC) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, local_KC, group=group)
-        gathered_RKC = torch.stack(parts)
-    maxima_RC, sums_RC, targets_RC, weighted_RC = gathered_RKC.unbind(dim=1)
-    maximum_C = maxima_RC.amax(dim=0)
-    rescale_RC = torch.exp(maxima_RC - maximum_C)
-    normalizer_C = (sums_RC * rescale_RC).sum(dim=0)
-    log_normalizer_C = normalizer_C.log()
-    entropy_C = torch.zeros_like(maximum_C)
-    if head.with_entropy:  # log normaliser - E[logit], both less the maximum
-        shifted_RC = weighted_RC + sums_RC * (maxima_RC - maximum_C)
-        entropy_C = log_normalizer_C - (shifted_RC * rescale_RC).sum(dim=0) / normalizer_C
-    logprobs_C = targets_RC.sum(dim=0) - maximum_C - log_normalizer_C
-    return _Softmax(maximum_C, normalizer_C, logprobs_C, entropy_C)
 
 
 class _GradientSums:
@@ -291,6 +163,43 @@ class _GradientSums:
         return None if self._has_main_grad else self.weight_VH.to(self._weight_VH.dtype)
 
 
+def _general_logit_gradient_(
+    matrix_CV: Tensor,
+    softmax: tuple[Tensor, Tensor],
+    slopes_C: Tensor,
+    entropy_slopes: tuple[Tensor, ...],
+    targets_C: Tensor,
+    head: HeadSettings,
+) -> None:
+    """Turn the product's logits, made again, into their gradient.
+
+    Args:
+        matrix_CV: [C, V] logits of the product; overwritten.
+        softmax: [C] maximum and [C] normaliser of each row.
+        slopes_C: [C] fp32, derivative of the loss by the log-prob.
+        entropy_slopes: nothing, or [C] log normaliser - entropy and [C] the derivative by the
+            entropy over the normaliser: d entropy / d logit_j = -scale p_j (log p_j + entropy).
+        targets_C: [C] int64.
+        head: settings.
+    """
+    maximum_C, normalizer_C = softmax
+    columns_C, is_here_C = head.local_targets(targets_C)
+    vectors = (maximum_C, slopes_C, slopes_C / normalizer_C, columns_C, is_here_C)
+    blocks = row_blocks(matrix_CV, *vectors, *entropy_slopes)
+    for rows, maxima, slopes, at_all, columns, is_here, *entropy in blocks:
+        shifted = head.logits_(rows).sub_(maxima)
+        if not entropy:
+            gradient = shifted.exp_().mul_(-head.scale * at_all)
+        else:
+            offsets, at_log = entropy
+            exponentials = shifted.exp()
+            gradient = shifted.sub_(offsets).mul_(at_log).add_(at_all)
+            gradient.mul_(exponentials.mul_(-head.scale))
+        gradient.scatter_add_(1, columns, torch.where(is_here, head.scale * slopes, 0.0))
+        if gradient is not rows:
+            rows.copy_(gradient)
+
+
 class _OnePassHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -298,14 +207,14 @@ class _OnePassHead(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         targets_N: Tensor,
-        head: _Head,
+        head: HeadSettings,
         expected: ExpectedSlopes,
     ) -> tuple[Tensor, Tensor]:
         sums = _GradientSums(hidden_NH, weight_VH, getattr(weight_VH, "main_grad", None))
         logprobs, entropies, slopes = [], [], []
         for chunk in head.chunks(len(targets_N)):
             matrix_CV = hidden_NH[chunk] @ weight_VH.t()
-            softmax, maxima_C = _softmax_(matrix_CV, targets_N[chunk], head)
+            softmax, maxima_C = softmax_(matrix_CV, targets_N[chunk], head)
             slopes_C = expected.slopes_of(softmax.logprobs, chunk)
             factors_C = torch.exp(maxima_C - softmax.maximum) / softmax.normalizer
             _logit_gradient_(
@@ -336,12 +245,12 @@ class _OnePassHead(torch.autograd.Function):
 class _GeneralHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, head: _Head
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, head: HeadSettings
     ) -> tuple[Tensor, Tensor]:
         softmaxes = []
         for chunk in head.chunks(len(targets_N)):
             matrix_CV = hidden_NH[chunk] @ weight_VH.t()
-            softmaxes.append(_softmax_(matrix_CV, targets_N[chunk], head)[0])
+            softmaxes.append(softmax_(matrix_CV, targets_N[chunk], head)[0])
             del matrix_CV  # else two chunks' are alive at once
         empty = hidden_NH.new_zeros(0, dtype=torch.float32)
         maximum_N, normalizer_N, logprobs_N, entropy_N = (
@@ -358,30 +267,24 @@ class _GeneralHead(torch.autograd.Function):
         ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None
     ) -> Any:
         hidden_NH, weight_VH, targets_N, maximum_N, normalizer_N, entropy_N = ctx.saved_tensors
-        head, scale = ctx.head, ctx.head.scale
         sums = _GradientSums(hidden_NH, weight_VH, ctx.main_grad_VH)
         if grad_logprobs_N is None:
             grad_logprobs_N = torch.zeros_like(maximum_N)
-        for chunk in head.chunks(len(targets_N)):
+        for chunk in ctx.head.chunks(len(targets_N)):
             matrix_CV = hidden_NH[chunk] @ weight_VH.t()
-            columns_C, is_here_C = head.local_targets(targets_N[chunk])
-            slopes_C, normalizer_C = scale * grad_logprobs_N[chunk], normalizer_N[chunk]
-            vectors = [maximum_N[chunk], slopes_C, slopes_C / normalizer_C, columns_C, is_here_C]
+            normalizer_C = normalizer_N[chunk]
+            entropy_slopes: tuple[Tensor, ...] = ()
             if grad_entropy_N is not None:
-                vectors.append(normalizer_C.log() - entropy_N[chunk])
-                vectors.append(scale * grad_entropy_N[chunk] / normalizer_C)
-            blocks = _row_blocks(matrix_CV, *vectors)
-            for rows, maxima, slopes, at_all, columns, is_here, *entropy in blocks:
-                shifted = head.logits_(rows).sub_(maxima)
-                if not entropy:
-                    gradient = shifted.exp_().mul_(-at_all)
-                else:  # d entropy / d logit_j = -scale p_j (log p_j + entropy)
-                    offsets, at_log = entropy
-                    exponentials = shifted.exp()
-                    gradient = shifted.sub_(offsets).mul_(at_log).add_(at_all).mul_(-exponentials)
-                gradient.scatter_add_(1, columns, torch.where(is_here, slopes, 0.0))
-                if gradient is not rows:
-                    rows.copy_(gradient)
+                offsets_C = normalizer_C.log() - entropy_N[chunk]
+                entropy_slopes = (offsets_C, grad_entropy_N[chunk] / normalizer_C)
+            _general_logit_gradient_(
+                matrix_CV,
+                (maximum_N[chunk], normalizer_C),
+                grad_logprobs_N[chunk],
+                entropy_slopes,
+                targets_N[chunk],
+                ctx.head,
+            )
             sums.add(chunk, matrix_CV)
-            del matrix_CV, rows, shifted, gradient  # else two chunks' are alive at once
+            del matrix_CV  # else two chunks' are alive at once
         return sums.hidden_NH, sums.weight_for_autograd(), None, None

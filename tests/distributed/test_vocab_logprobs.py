@@ -9,11 +9,8 @@ import torch
 import torch.distributed as dist
 
 from r2vpo_megatron.learner.head_checks import HeadChecks, plain_logprobs
-from r2vpo_megatron.parallel.vocab_logprobs import (
-    ExpectedSlopes,
-    VocabularyShard,
-    vocab_parallel_logprobs,
-)
+from r2vpo_megatron.parallel.vocab_logprobs import ExpectedSlopes, vocab_parallel_logprobs
+from r2vpo_megatron.parallel.vocab_softmax import VocabularyShard
 from tests.distributed.ranks import run_ranks
 
 VOCAB_SIZE = 150  # of 256 columns: of four shards one is padded in part and one is all padding

@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from r2vpo_megatron.parallel import vocab_logprobs
-from r2vpo_megatron.parallel.vocab_logprobs import (
-    ExpectedSlopes,
-    VocabularyShard,
-    vocab_parallel_logprobs,
-)
+from r2vpo_megatron.parallel.vocab_logprobs import ExpectedSlopes, vocab_parallel_logprobs
+from r2vpo_megatron.parallel.vocab_softmax import VocabularyShard
 
 
 def reference(hidden, weight, targets, vocab_size, temperature):
@@ -186,13 +183,13 @@ def test_a_token_that_is_all_but_certain_keeps_its_small_logprob():
 def test_chunks_bound_the_logits(monkeypatch):
     """As many tokens at a time as CHUNK_BYTES of fp32 logits hold."""
     sizes = []
-    original = vocab_logprobs._softmax_
+    original = vocab_logprobs.softmax_
 
     def spy(logits, *args):
         sizes.append(logits.shape)
         return original(logits, *args)
 
-    monkeypatch.setattr(vocab_logprobs, "_softmax_", spy)
+    monkeypatch.setattr(vocab_logprobs, "softmax_", spy)
     monkeypatch.setattr(vocab_logprobs, "CHUNK_BYTES", 4 * 128 * 10 + 1)
     shard = VocabularyShard.of_rank(100, 128, 0, None)
     targets = torch.zeros(25, dtype=torch.long)
