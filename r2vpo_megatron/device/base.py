@@ -157,6 +157,11 @@ class Platform(ABC):
         """Seed torch's generators on the host and on the device."""
         torch.manual_seed(seed)
 
+    @property
+    def fuses_adamw(self) -> bool:
+        """Whether torch.optim.AdamW has a kernel here that steps in one pass over the memory."""
+        return False
+
     def optimizer_context(self) -> AbstractContextManager[None]:
         """Hold this open around get_megatron_optimizer(...) and around optimizer.step()."""
         return nullcontext()

@@ -113,6 +113,11 @@ class CpuPlatform(Platform):
     def empty_cache(self) -> None:
         """Nothing is cached."""
 
+    @property
+    def fuses_adamw(self) -> bool:
+        """Torch has one since 2.4."""
+        return True
+
     def optimizer_context(self) -> AbstractContextManager[None]:
         """Megatron's optimizers know CUDA's tensor type names only."""
         return tensor_types_named_cuda()

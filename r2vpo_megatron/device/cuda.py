@@ -84,6 +84,11 @@ class CudaPlatform(Platform):
         """Free cached blocks."""
         torch.cuda.empty_cache()
 
+    @property
+    def fuses_adamw(self) -> bool:
+        """Torch has one for every floating point type."""
+        return True
+
     def seed(self, seed: int) -> None:
         """Host and every CUDA device."""
         torch.manual_seed(seed)

@@ -103,6 +103,8 @@ def make_trainable(
         # Megatron leaves biases and norms out of weight decay by this factor, which only its
         # OptimizerParamScheduler would apply.
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        if "fused" in group:  # torch's AdamW: neither Transformer Engine's nor Apex's is installed
+            group["fused"] = platform.fuses_adamw
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.grad_scale_func = optimizer.scale_loss
     transformer_config.no_sync_func = None
