@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -262,8 +263,8 @@ def run_side(side: Side, model_dir: Path, out_dir: Path, num_updates: int) -> No
     hidden = ["--record", str(out_dir), "--model", str(model_dir), "--updates", str(num_updates)]
     tool = side.tree / Path(__file__).resolve().relative_to(ROOT)
     environment = {
-        "OMP_NUM_THREADS": "1",  # OpenMP's threads do not survive the fork of the ranks
         **os.environ,
+        "OMP_NUM_THREADS": "1",  # OpenMP's threads do not survive the fork of the ranks
         "PYTHONPATH": str(side.tree),
         "CUDA_VISIBLE_DEVICES": "",  # the CPU platform refuses to run beside a GPU
     }
@@ -361,6 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except RunFailed as error:
         print(f"a run failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Exception:  # Python's own code for it, 1, would say that the sides part
+        traceback.print_exc()
         return EXIT_FAILED
 
 

@@ -50,6 +50,8 @@ def curve_of_run(run_dir: Path) -> Curve:
     config = json.loads((run_dir / "config.json").read_text())["config"]
     algorithm = config["algorithm"]
     records = read_metrics(run_dir / "updates.jsonl", key="update")
+    if algorithm["dual_controller"] == "fixed":
+        raise ValueError(f"{run_dir}: algorithm.dual_controller is fixed, nothing follows a target")
     if not records or metric_names.RATIO_PENALTY not in records[0]:
         raise ValueError(f"{run_dir}: no updates with a lambda in updates.jsonl")
     target = algorithm["dual_target"]
@@ -138,6 +140,8 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=16, help="updates of the moving mean")
     parser.add_argument("--start", type=int, default=50, help="update from which figures count")
     arguments = parser.parse_args()
+    if arguments.run and len(arguments.run) > len(COLORS):
+        parser.error(f"--run: {len(arguments.run)} folders; valid: up to {len(COLORS)}")
     try:
         curves = (
             curves_of_plant() if arguments.plant else [curve_of_run(run) for run in arguments.run]

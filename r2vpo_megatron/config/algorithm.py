@@ -81,10 +81,15 @@ class AlgorithmConfig:
             "0 or above, and finite",
         )
         require(
-            self.ratio_penalty >= 0, "algorithm.ratio_penalty", self.ratio_penalty, "at least 0"
+            0 <= self.ratio_penalty < float("inf"),
+            "algorithm.ratio_penalty",
+            self.ratio_penalty,
+            "at least 0 and finite",
         )
-        for name in ("dual_target", "dual_step_size", "dual_gain"):
-            require(getattr(self, name) > 0, f"algorithm.{name}", getattr(self, name), "above 0")
+        for name in ("dual_target", "dual_step_size", "dual_gain", "ratio_penalty_max"):
+            value = getattr(self, name)
+            is_valid = 0 < value < float("inf")
+            require(is_valid, f"algorithm.{name}", value, "above 0 and finite")
         require(
             self.dual_controller == "fixed" or self.objective == "r2vpo",
             "algorithm.dual_controller",
@@ -96,4 +101,12 @@ class AlgorithmConfig:
             "algorithm.ratio_penalty_min",
             self.ratio_penalty_min,
             "above 0 and at most algorithm.ratio_penalty_max",
+        )
+        low, high = self.ratio_penalty_min, self.ratio_penalty_max
+        require(
+            self.dual_controller != "multiplicative" or low <= self.ratio_penalty <= high,
+            "algorithm.ratio_penalty",
+            self.ratio_penalty,
+            f"{low:g} to {high:g} (algorithm.ratio_penalty_min and _max) with the multiplicative "
+            "controller",
         )

@@ -161,4 +161,4 @@ def policy_step(head: PolicyHead, settings: LossSettings, checks: HeadChecks) ->
 
 def _count(count: int, like: Tensor) -> Tensor:
     """Megatron adds the counts of micro-batches up in int32."""
-    return torch.tensor(count, dtype=torch.int, device=like.device)
+    return torch.full((), count, dtype=torch.int, device=like.device)

@@ -19,7 +19,7 @@ def merge_updates(updates: Sequence[Metrics]) -> Metrics:
     if not updates:
         return {"updates/num": 0.0}
     merged: Metrics = {"updates/num": float(len(updates))}
-    for name in updates[0]:
+    for name in dict.fromkeys(name for update in updates for name in update):
         values = [update[name] for update in updates if name in update]
         if name.endswith("/max"):
             merged[name] = max(values)

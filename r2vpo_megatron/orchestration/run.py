@@ -125,8 +125,8 @@ def _describe(run: PreparedRun) -> str:
     return (
         f"{run.spec.architecture}, {run.spec.num_parameters:,} parameters; on "
         f"{run.config.runtime.device}: {parallel.num_ranks} learner ranks (TP {parallel.tensor} x "
-        f"PP {parallel.pipeline} x DP {parallel.data}), {rollout.num_engines} rollout engines "
-        f"(TP {rollout.tensor_parallel})"
+        f"PP {parallel.pipeline} x CP {parallel.context} x DP {parallel.data}), "
+        f"{rollout.num_engines} rollout engines (TP {rollout.tensor_parallel})"
     )
 
 

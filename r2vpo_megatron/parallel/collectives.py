@@ -27,8 +27,9 @@ def reduce_statistics(
     The vectors are gathered over data x context parallel ranks of the last stage and summed in
     rank order in float64 on the host: the same bits on every rank, and without fp64 collectives,
     which HCCL lacks. Each float64 sum travels as two fp32 numbers, 48 bits of it. The ratios
-    themselves are gathered as well, for their quantiles. Tensor parallel ranks hold duplicates
-    and never take part. Pipeline stages then get the last stage's result.
+    themselves are gathered as well, for their quantiles. Tensor parallel ranks hold duplicates,
+    each gathers in a group of its own and nothing is added up over them. Pipeline stages then get
+    the last stage's result.
 
     Collective: every rank must call, also one whose batch was empty.
 

@@ -55,7 +55,7 @@ def run_head(
     if not is_one_pass:
         loss = loss + (entropy * slopes.flip(0)).sum()
     loss.backward()
-    plain = plain_logprobs(hidden, weight, targets, shard, TEMPERATURE, VOCAB_SIZE)
+    plain, _ = plain_logprobs(hidden, weight, targets, shard, TEMPERATURE, VOCAB_SIZE)
     dist.all_reduce(hidden.grad)
     dist.destroy_process_group()
     return logprobs.detach(), entropy.detach(), plain, hidden.grad, weight.grad

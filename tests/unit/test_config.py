@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -118,6 +119,12 @@ def test_a_value_at_its_limit_is_valid() -> None:
         (RolloutConfig, {"max_response_tokens": 0}, "rollout.max_response_tokens = 0"),
         (RolloutConfig, {"memory_fraction": 1.5}, "rollout.memory_fraction = 1.5 .*0 and 1"),
         (AlgorithmConfig, {"dual_gain": 0.0}, "algorithm.dual_gain = 0.0 .*above 0"),
+        (AlgorithmConfig, {"ratio_penalty": math.inf}, "algorithm.ratio_penalty = inf .*finite"),
+        (
+            AlgorithmConfig,
+            {"dual_controller": "multiplicative", "ratio_penalty": 5e3},
+            "algorithm.ratio_penalty = 5000.0 .*0.001 to 1000",
+        ),
         (
             AlgorithmConfig,
             {"objective": "grpo", "dual_controller": "paper"},

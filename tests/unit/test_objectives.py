@@ -197,3 +197,23 @@ def test_a_token_far_below_the_behaviour_policy_still_has_a_gradient(name):
     weights = OBJECTIVES[name].gradient_weight(inputs)
     assert (weights > 0).all()  # so ratio/clipped_fraction does not count them
     torch.testing.assert_close(ratios.ratio, torch.tensor([-20.0, -18.0]).exp())
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_clip_high", "gppo"])
+@pytest.mark.parametrize("advantage", [0.7, -1.3])
+def test_surrogate_and_closed_form_agree_at_the_clips_edge_in_float32(name, advantage):
+    """Neighbouring fp32 numbers around each edge: both must call the same tokens clipped."""
+    edges = torch.tensor([1.28, 1.2, 0.8], dtype=torch.float64).log().float()
+    steps = torch.arange(-400, 401).float() * 2.0**-25
+    policy = (edges[:, None] + steps).flatten().requires_grad_()
+    inputs = ObjectiveInputs(
+        ratios=importance_ratios(policy, torch.zeros_like(policy)),
+        advantages=torch.full_like(policy, advantage),
+        sequence_log_ratio=None,
+        sequence_lengths=torch.ones_like(policy),
+        ratio_penalty=0.04,
+    )
+    OBJECTIVES[name].surrogate(inputs).sum().backward()
+    torch.testing.assert_close(
+        policy.grad, OBJECTIVES[name].gradient_weight(inputs), rtol=1e-6, atol=0.0
+    )

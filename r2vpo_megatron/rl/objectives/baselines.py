@@ -39,15 +39,19 @@ class GRPO:
     def surrogate(self, inputs: ObjectiveInputs) -> Tensor:
         """The pessimistic bound; without gradient where the clip is in force."""
         ratio = inputs.ratios.ratio
-        clipped = ratio.clamp(1.0 - self.eps_low, 1.0 + self.eps_high)
-        return torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
+        held = ratio.detach().clamp(1.0 - self.eps_low, 1.0 + self.eps_high)
+        return torch.where(self._is_clipped(inputs), held, ratio) * inputs.advantages
 
     def gradient_weight(self, inputs: ObjectiveInputs) -> Tensor:
         """Rho A, and 0 where the clip is in force."""
-        excess, advantages = inputs.ratios.excess.detach(), inputs.advantages
-        above = (advantages > 0) & (excess > self.eps_high)
-        below = (advantages < 0) & (excess < -self.eps_low)
-        return torch.where(above | below, 0.0, inputs.ratios.ratio.detach() * advantages)
+        unclipped = inputs.ratios.ratio.detach() * inputs.advantages
+        return torch.where(self._is_clipped(inputs), 0.0, unclipped)
+
+    def _is_clipped(self, inputs: ObjectiveInputs) -> Tensor:
+        """[N] bool, for surrogate and gradient alike: at the edge itself roundings would differ."""
+        ratio, advantages = inputs.ratios.ratio.detach(), inputs.advantages
+        above = (advantages > 0) & (ratio > 1.0 + self.eps_high)
+        return above | ((advantages < 0) & (ratio < 1.0 - self.eps_low))
 
 
 @dataclass(frozen=True)
