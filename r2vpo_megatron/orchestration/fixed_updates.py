@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.packing import pack_trajectories
-from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.learner.start import start_learner
 from r2vpo_megatron.models.spec import read_model_spec
 from r2vpo_megatron.orchestration.loop import make_dual
-from r2vpo_megatron.parallel.state import ParallelState, initialize_parallel
+from r2vpo_megatron.parallel.state import ParallelState
 from r2vpo_megatron.records import FloatArray, Trajectory
 
 SAMPLES_PER_UPDATE = 6
@@ -70,27 +69,8 @@ def start_fixed_run(rank: int, init_method: str, config: RunConfig, model_dir: P
             dtype and the temperature.
         model_dir: the Hugging Face checkpoint to start from.
     """
-    parallel = config.parallel
-    platform = get_platform("cpu")
-    platform.prepare()
-    torch.set_num_threads(parallel.threads_per_rank)
-
-    from r2vpo_megatron.learner.megatron_actor import MegatronActor
-
-    state = initialize_parallel(
-        platform,
-        rank=rank,
-        world_size=parallel.num_ranks,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        context=parallel.context,
-        virtual_pipeline=parallel.interleaved_chunks,
-        init_method=init_method,
-        local_rank=0,
-        timeout_seconds=config.runtime.timeout_seconds,
-        seed=config.train.seed,
-    )
-    actor = MegatronActor(config, model_dir, state, platform)
+    config = replace(config, runtime=replace(config.runtime, device="cpu"))
+    actor, state = start_learner(config, model_dir, rank, init_method)
     trajectories = fixed_trajectories(read_model_spec(model_dir).vocab_size)
     parts: list[Any] = [None] * state.world_size
     dist.all_gather_object(parts, actor.compute_logprobs(_pack(trajectories, state, config)))

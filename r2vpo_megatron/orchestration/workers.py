@@ -34,32 +34,9 @@ class LearnerWorker:
 
         Collective: every rank must call.
         """
-        import torch
+        from r2vpo_megatron.learner.start import start_learner
 
-        from r2vpo_megatron.device import get_platform
-
-        parallel, runtime = self._config.parallel, self._config.runtime
-        platform = get_platform(runtime.device)
-        platform.prepare()
-        torch.set_num_threads(parallel.threads_per_rank)
-
-        from r2vpo_megatron.learner.megatron_actor import MegatronActor
-        from r2vpo_megatron.parallel.state import initialize_parallel
-
-        state = initialize_parallel(
-            platform,
-            rank=self._rank,
-            world_size=parallel.num_ranks,
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            context=parallel.context,
-            virtual_pipeline=parallel.interleaved_chunks,
-            init_method=init_method,
-            local_rank=0,  # Ray shows each worker its own devices alone
-            timeout_seconds=runtime.timeout_seconds,
-            seed=self._config.train.seed,
-        )
-        self._actor = MegatronActor(self._config, self._model_dir, state, platform)
+        self._actor, state = start_learner(self._config, self._model_dir, self._rank, init_method)
         self._sender = BACKENDS[self._config.weight_sync.backend](
             self._config.weight_sync.bucket_bytes
         )
