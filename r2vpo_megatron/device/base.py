@@ -176,20 +176,25 @@ def attention_per_sequence(
     the whole pack, the loop's over each sequence.
     """
     grouped = query.shape[1] != key.shape[1]
+    queries, keys, values = (
+        # Splitting has one gradient for all pieces; slices would each have one of the whole's size.
+        whole.split([end - start for start, end in itertools.pairwise(offsets)])
+        for whole, offsets in (
+            (query, layout.query_offsets),
+            (key, layout.key_offsets),
+            (value, layout.key_offsets),
+        )
+    )
     outputs = []
-    for (start, end), (first, last) in zip(
-        itertools.pairwise(layout.query_offsets),
-        itertools.pairwise(layout.key_offsets),
-        strict=True,
-    ):
-        is_whole = end - start == last - first
+    for q, k, v in zip(queries, keys, values, strict=True):
+        is_whole = len(q) == len(k)
         attended = scaled_dot_product_attention(
-            query[start:end].transpose(0, 1).unsqueeze(0),
-            key[first:last].transpose(0, 1).unsqueeze(0),
-            value[first:last].transpose(0, 1).unsqueeze(0),
+            q.transpose(0, 1).unsqueeze(0),
+            k.transpose(0, 1).unsqueeze(0),
+            v.transpose(0, 1).unsqueeze(0),
             attn_mask=None
             if is_whole  # torch aligns is_causal at the first query and key
-            else _lower_right_causal_mask(end - start, last - first, query.dtype, query.device),
+            else _lower_right_causal_mask(len(q), len(k), q.dtype, q.device),
             is_causal=is_whole,
             enable_gqa=grouped,
         )

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from r2vpo_megatron.device.base import SequenceLayout
+from r2vpo_megatron.models.rotary import apply_rotary
 from r2vpo_megatron.parallel.context import context_pieces, context_positions, gathered_places
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, SequenceLayout], Tensor]
@@ -80,36 +81,6 @@ def pack_sequences(
         layout=layout,
         key_places=key_places,
     )
-
-
-def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """theta ** (-2i / head_dim) for i in 0..head_dim/2-1: [head_dim / 2] fp32, on the CPU."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    return 1.0 / (theta**exponents)
-
-
-def rotary_table(
-    position_ids: Tensor, frequencies: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position x frequency, computed in fp32.
-
-    Args:
-        position_ids: [T] integers, restarting at 0 for each sequence.
-        frequencies: [head_dim / 2] fp32.
-        dtype: of the result.
-
-    Returns:
-        cos and sin, [T, 1, head_dim] each; both halves of the last dimension are equal.
-    """
-    angles = torch.outer(position_ids.float(), frequencies)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2) of x [T, heads, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class PackedCoreAttention(nn.Module):

@@ -31,6 +31,7 @@ from r2vpo_megatron.models.attention import PackedCoreAttention
 from r2vpo_megatron.models.norm import RMSNorm
 from r2vpo_megatron.models.policy_model import PolicyModel
 from r2vpo_megatron.models.spec import ModelSpec, validate_layout
+from r2vpo_megatron.models.swiglu import swiglu
 from r2vpo_megatron.parallel.state import ParallelState
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -101,6 +102,7 @@ def _decoder_fields(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
         "layernorm_epsilon": spec.norm_eps,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
+        "use_te_activation_func": True,  # the layer spec's, which is ours, not TE's
         "add_bias_linear": False,
         "add_qkv_bias": spec.qkv_bias,
         "hidden_dropout": 0.0,
@@ -156,7 +158,11 @@ def layer_spec(
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(
+            linear_fc1=ColumnParallelLinear,
+            linear_fc2=RowParallelLinear,
+            activation_func=swiglu,
+        ),
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from r2vpo_megatron.models.attention import PackedSequences, inverse_frequencies, rotary_table
+from r2vpo_megatron.models.attention import PackedSequences
+from r2vpo_megatron.models.rotary import inverse_frequencies, rotary_table
 from r2vpo_megatron.models.spec import ModelSpec, padded_vocab_size
 
 
