@@ -174,7 +174,7 @@ class OptimizerConfig:
     max_gradient_norm: float = 1.0
     """Gradient norm above which gradients are scaled down; 0 turns it off."""
     distributed: bool = True
-    """Shard the optimizer's state over data parallel ranks."""
+    """Shard the optimizer's state over data parallel ranks, where there are several."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "warmup_updates", "weight_decay", "max_gradient_norm"):

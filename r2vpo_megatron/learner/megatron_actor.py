@@ -54,7 +54,7 @@ class MegatronActor:
             dtype=dtype,
         )
         load_hf_weights(models, self._spec, state, model_dir)
-        self._model = make_trainable(models, config.optimizer, dtype, platform)
+        self._model = make_trainable(models, config.optimizer, dtype, state, platform)
         self._head = PolicyHead(
             state=state,
             vocab_size=self._spec.vocab_size,

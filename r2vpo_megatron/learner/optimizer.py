@@ -18,6 +18,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 
 from r2vpo_megatron.config import OptimizerConfig
 from r2vpo_megatron.device.base import Platform
+from r2vpo_megatron.parallel.state import ParallelState
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ class TrainableModel:
 
 
 def make_trainable(
-    models: Sequence[Any], config: OptimizerConfig, dtype: torch.dtype, platform: Platform
+    models: Sequence[Any],
+    config: OptimizerConfig,
+    dtype: torch.dtype,
+    state: ParallelState,
+    platform: Platform,
 ) -> TrainableModel:
     """Wrap a rank's model chunks for training.
 
@@ -69,12 +74,17 @@ def make_trainable(
         models: this rank's PolicyModels, one per virtual stage.
         config: AdamW's settings.
         dtype: parameter dtype; bfloat16 gets fp32 main parameters.
+        state: where this rank stands.
         platform: the device layer.
     """
     transformer_config = models[0].config
+    # On one rank there is nothing to shard, and gloo's thread would copy all gradients and weights:
+    # with threads of its own, for which those of the model then yield the processor (a tenth of
+    # the time of an update).
+    is_distributed = config.distributed and state.data_size * state.context_size > 1
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.distributed,
+        use_distributed_optimizer=is_distributed,
         overlap_grad_reduce=False,
         overlap_param_gather=False,
     )
@@ -95,7 +105,7 @@ def make_trainable(
                 clip_grad=config.max_gradient_norm,
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
-                use_distributed_optimizer=config.distributed,
+                use_distributed_optimizer=is_distributed,
             ),
             chunks,
         )
