@@ -122,8 +122,8 @@ def _logit_gradient_(
     at_target_C = -head.scale * slopes_C * torch.expm1(logprobs_C)
     columns_C, is_here_C = head.local_targets(targets_C)
     blocks = row_blocks(exps_CV, at_all_C, at_target_C, columns_C, is_here_C)
-    for rows, at_all, at_target, columns, is_here in blocks:
-        gradient = rows.mul_(at_all) if rows.dtype == at_all.dtype else rows * at_all
+    for rows, buffers, at_all, at_target, columns, is_here in blocks:
+        gradient = torch.mul(rows, at_all, out=rows if rows.dtype == at_all.dtype else buffers[0])
         gradient.scatter_(1, columns, torch.where(is_here, at_target, gradient.gather(1, columns)))
         if gradient is not rows:
             rows.copy_(gradient)
@@ -186,13 +186,13 @@ def _general_logit_gradient_(
     columns_C, is_here_C = head.local_targets(targets_C)
     vectors = (maximum_C, slopes_C, slopes_C / normalizer_C, columns_C, is_here_C)
     blocks = row_blocks(matrix_CV, *vectors, *entropy_slopes)
-    for rows, maxima, slopes, at_all, columns, is_here, *entropy in blocks:
-        shifted = head.logits_(rows).sub_(maxima)
+    for rows, buffers, maxima, slopes, at_all, columns, is_here, *entropy in blocks:
+        shifted = head.logits_(rows, buffers[0]).sub_(maxima)
         if not entropy:
             gradient = shifted.exp_().mul_(-head.scale * at_all)
         else:
             offsets, at_log = entropy
-            exponentials = shifted.exp()
+            exponentials = torch.exp(shifted, out=buffers[1])
             gradient = shifted.sub_(offsets).mul_(at_log).add_(at_all)
             gradient.mul_(exponentials.mul_(-head.scale))
         gradient.scatter_add_(1, columns, torch.where(is_here, head.scale * slopes, 0.0))

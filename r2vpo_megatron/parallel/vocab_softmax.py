@@ -66,12 +66,12 @@ class HeadSettings:
         for start in range(0, num_tokens, self.chunk_tokens):
             yield slice(start, start + self.chunk_tokens)
 
-    def logits_(self, rows: Tensor) -> Tensor:
+    def logits_(self, rows: Tensor, buffer: Tensor) -> Tensor:
         """[rows, V] logits, fp32 at least, from those of the product: scaled, padding out of reach.
 
-        In place where the rows are wide enough already.
+        In place where the rows are wide enough already, else in the buffer.
         """
-        logits = rows if rows.dtype.itemsize >= 4 else rows.float()
+        logits = rows if rows.dtype == buffer.dtype else buffer.copy_(rows)
         if self.scale != 1.0:
             logits.mul_(self.scale)
         logits[:, self.shard.num_valid :] = PADDED_LOGIT
@@ -98,11 +98,21 @@ class Softmax:
 
 
 def row_blocks(matrix: Tensor, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A few rows at a time, each block with its entries of the vectors as columns [rows, 1]."""
+    """A few rows at a time: rows, two buffers, the rows' entries of the vectors [rows, 1].
+
+    The buffers [2, rows, V], fp32 at least, are the same memory for every block. Were they made
+    anew, what else is allocated meanwhile would settle in their places, and the heap of a CPU
+    would grow to the size of the matrix.
+    """
     block_bytes = CPU_BLOCK_BYTES if matrix.device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
     num_rows = max(1, block_bytes // (4 * matrix.shape[1]))
+    buffers = matrix.new_empty(
+        (2, min(num_rows, len(matrix)), matrix.shape[1]),
+        dtype=torch.promote_types(matrix.dtype, torch.float32),
+    )
     columns = [vector.unsqueeze(1).split(num_rows) for vector in vectors]
-    return zip(matrix.split(num_rows), *columns, strict=True)
+    for rows, *entries in zip(matrix.split(num_rows), *columns, strict=True):
+        yield rows, buffers[:, : len(rows)], *entries
 
 
 def softmax_(matrix_CV: Tensor, targets_C: Tensor, head: HeadSettings) -> tuple[Softmax, Tensor]:
@@ -113,13 +123,13 @@ def softmax_(matrix_CV: Tensor, targets_C: Tensor, head: HeadSettings) -> tuple[
     """
     columns_C, is_here_C = head.local_targets(targets_C)
     blocks = []
-    for rows, columns, is_here in row_blocks(matrix_CV, columns_C, is_here_C):
-        logits = head.logits_(rows)
+    for rows, buffers, columns, is_here in row_blocks(matrix_CV, columns_C, is_here_C):
+        logits = head.logits_(rows, buffers[0])
         target = torch.where(is_here, logits.gather(1, columns), 0.0)
         maxima = logits.amax(dim=1, keepdim=True)
         logits.sub_(maxima)
         if head.with_entropy:
-            exponentials = logits.exp()
+            exponentials = torch.exp(logits, out=buffers[1])
             weighted = logits.mul_(exponentials).sum(dim=1, keepdim=True)
         else:
             exponentials = logits.exp_()
