@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +37,8 @@ if TYPE_CHECKING:
     Update = Callable[[], tuple[float, float]]
 
 OURS, HF_LOOP, HF_PACKED = "r2vpo_megatron", "hf, loop", "hf, packed"
-WRITE = "write the checkpoint"  # not a side: the child that makes the weights
 MICRO_BATCH_TOKENS = 2048  # or one sequence, where that is longer
 TOLERANCE = 1e-4  # relative, of objective and gradient norm
-SLOW_SECONDS = 20.0  # an update that takes longer is timed once
 RATIO_PENALTY = 0.04
 MAX_GRADIENT_NORM = 1.0
 LEARNING_RATE = 1e-6
@@ -71,17 +67,6 @@ FULL_CASES = (
     *(("10M", length) for length in (512, 2048, 8192, 16384)),
     *(("135M", length) for length in (512, 2048)),
 )
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a child tells its parent."""
-
-    seconds: list[float]  # a timed update each
-    peak_bytes: int  # most resident bytes during updates less those before the model was built
-    tokens: int
-    objective: float  # of the first update
-    gradient_norm: float
 
 
 def make_micro_batches(shape: Shape, length: int) -> list[PackedBatch]:
@@ -247,41 +232,72 @@ class HFPass:
         return -surrogates_N.sum()
 
 
-def measure(args: argparse.Namespace, folder: Path) -> Measurement:
-    """In a child: one update to warm up, then the timed ones."""
+class Side:
+    """One side in a child of its own; all children wait while one of them updates.
+
+    Sides take turns, update by update: a machine whose speed drifts is as fast for one as for the
+    others.
+    """
+
+    def __init__(self, side: str, shape: str, length: int, folder: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other_end = context.Pipe()
+        self._child = context.Process(
+            target=_serve, args=(other_end, side, shape, length, folder, threads)
+        )
+        self._child.start()
+        other_end.close()  # so that recv() ends when the child does
+        self.seconds: dict[str, list[float]] = {"wall": [], "processor": []}
+        self.num_tokens, self.objective, self.gradient_norm, _ = self._update()  # to warm up
+        self.peak_bytes = 0
+
+    def _update(self) -> Any:
+        self._connection.send("update")
+        return self._connection.recv()
+
+    def time_update(self) -> None:
+        """One update; its seconds are kept."""
+        *_, (wall, processor) = self._update()
+        self.seconds["wall"].append(wall)
+        self.seconds["processor"].append(processor)
+
+    def close(self) -> None:
+        """Ask for the peak and let the child end."""
+        self._connection.send("end")
+        self.peak_bytes = self._connection.recv()
+        self._child.join()
+
+
+def _serve(
+    connection: Any, side: str, shape_name: str, length: int, folder: Path, threads: int
+) -> None:
+    """The child: an update whenever the parent asks for one, the peak of memory at the end."""
     import torch
 
     from r2vpo_megatron.parallel.state import destroy_parallel
 
-    shape = SHAPES[args.shape]
-    torch.set_num_threads(args.threads)
-    batches = make_micro_batches(shape, args.length)
-    if args.side == OURS:
+    shape = SHAPES[shape_name]
+    torch.set_num_threads(threads)
+    batches = make_micro_batches(shape, length)
+    num_tokens = sum(len(batch.token_ids) for batch in batches)
+    if side == OURS:
         _import_megatron()
     else:
         import transformers  # noqa: F401
     resident_before = resident_bytes("VmRSS")
-    if args.side == OURS:
-        update = prepare_ours(batches, folder, args.threads)
+    if side == OURS:
+        update = prepare_ours(batches, folder, threads)
     else:
-        update = prepare_hf(shape, batches, folder, one_by_one=args.side == HF_LOOP)
+        update = prepare_hf(shape, batches, folder, one_by_one=side == HF_LOOP)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    seconds: list[float] = []
-    first = None
-    for _ in range(args.repeats + 1):
-        start = clock()
+    while connection.recv() == "update":
+        start = time.perf_counter(), time.process_time()
         figures = update()
-        seconds.append(clock() - start)
-        first = first or figures
-        if len(seconds) > 1 and seconds[-1] > SLOW_SECONDS:
-            break
-    peak_bytes = resident_bytes("VmHWM") - resident_before
-    if args.side == OURS:
+        seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+        connection.send((num_tokens, *figures, seconds))
+    connection.send(resident_bytes("VmHWM") - resident_before)
+    if side == OURS:
         destroy_parallel()
-    assert first is not None
-    num_tokens = sum(len(batch.token_ids) for batch in batches)
-    return Measurement(seconds[1:], peak_bytes, num_tokens, *first)
 
 
 def _import_megatron() -> None:
@@ -299,34 +315,27 @@ def resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def run_child(side: str, shape: str, length: int, folder: Path) -> Measurement | None:
-    """Run this script again for one side and case; None for the one that writes the checkpoint."""
-    result = folder / "result.json"
-    python = [sys.executable, "-W", "ignore::UserWarning"]  # Megatron's, on packages for GPUs
-    case = ["--side", side, "--shape", shape, "--length", str(length), "--folder", str(folder)]
-    # The CPU platform refuses to run beside a GPU that Megatron would take.
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
-    subprocess.run([*python, __file__, *sys.argv[1:], *case], check=True, env=environment)
-    return Measurement(**json.loads(result.read_text())) if side != WRITE else None
-
-
-def measure_case(shape: str, length: int) -> dict[str, Measurement]:
-    """All sides of one case; RuntimeError where they part."""
+def measure_case(shape: str, length: int, args: argparse.Namespace) -> dict[str, Side]:
+    """All sides of one case, in turns; RuntimeError where they part."""
     is_packed = SHAPES[shape].update_tokens > length and length < MICRO_BATCH_TOKENS
-    sides = [OURS, HF_LOOP, *([HF_PACKED] if is_packed else [])]
-    measured: dict[str, Measurement] = {}
-    with tempfile.TemporaryDirectory() as name:
-        run_child(WRITE, shape, length, Path(name))
-        for side in sides:
-            result = run_child(side, shape, length, Path(name))
-            assert result is not None
-            measured[side] = result
-    for side in sides[1:]:
+    names = [OURS, HF_LOOP, *([HF_PACKED] if is_packed else [])]
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        writer = context.Process(target=write_checkpoint, args=(SHAPES[shape], Path(folder)))
+        writer.start()
+        writer.join()
+        sides = {name: Side(name, shape, length, Path(folder), args.threads) for name in names}
+        for _ in range(args.repeats):
+            for side in sides.values():
+                side.time_update()
+        for side in sides.values():
+            side.close()
+    for name in names[1:]:
         for field in ("objective", "gradient_norm"):
-            ours, other = getattr(measured[OURS], field), getattr(measured[side], field)
+            ours, other = getattr(sides[OURS], field), getattr(sides[name], field)
             if not math.isclose(ours, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
-                raise RuntimeError(f"{shape}, {length}: {field} is {ours} here, {other} in {side}")
-    return measured
+                raise RuntimeError(f"{shape}, {length}: {field} is {ours} here, {other} in {name}")
+    return sides
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -341,38 +350,34 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=list(SHAPES), help="this model alone")
     parser.add_argument("--length", type=int, help="this sequence length alone, in tokens")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def print_rows(shape: str, length: int, measured: dict[str, Measurement]) -> None:
-    """One row a side."""
-    speeds = {
-        side: found.tokens / statistics.median(found.seconds) for side, found in measured.items()
-    }
-    fastest = max(list(speeds)[1:], key=lambda side: speeds[side])
-    same_micro_batches = measured.get(HF_PACKED, measured[HF_LOOP])
-    for side, found in measured.items():
-        memory = found.peak_bytes / same_micro_batches.peak_bytes
+def print_rows(shape: str, length: int, sides: dict[str, Side], clock: str) -> None:
+    """One row a side; speeds are compared turn by turn."""
+    medians = {name: statistics.median(side.seconds[clock]) for name, side in sides.items()}
+    fastest = sides[min(list(medians)[1:], key=lambda name: medians[name])]
+    same_micro_batches = sides.get(HF_PACKED, sides[HF_LOOP])
+    for name, side in sides.items():
+        turns = zip(fastest.seconds[clock], side.seconds[clock], strict=True)
+        speed = statistics.median(theirs / this for theirs, this in turns)
+        memory = side.peak_bytes / same_micro_batches.peak_bytes
         print(
-            f"{shape:<7}{length:>7,}{found.tokens:>8,}  {side:<16}{speeds[side]:>10,.0f}"
-            f"{speeds[side] / speeds[fastest]:>7.2f}{found.peak_bytes / MIB:>10,.0f}{memory:>7.2f}",
+            f"{shape:<7}{length:>7,}{side.num_tokens:>8,}  {name:<16}"
+            f"{side.num_tokens / medians[name]:>10,.0f}{speed:>7.2f}"
+            f"{side.peak_bytes / MIB:>10,.0f}{memory:>7.2f}",
             flush=True,
         )
 
 
 def main() -> None:
-    """Measure every case, side after side, and print one row each."""
+    """Measure every case, its sides in turns, and print one row each."""
     args = parse_arguments()
     is_quick = not (args.full or args.shape or args.length)
-    if args.side == WRITE:
-        write_checkpoint(SHAPES[args.shape], args.folder)
-        return
-    if args.side:
-        result = measure(args, args.folder)
-        (args.folder / "result.json").write_text(json.dumps(asdict(result)))
-        return
+    # The CPU platform refuses to run beside a GPU that Megatron would take.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TQDM_DISABLE="1")
+    # Megatron's on packages for GPUs, torch's on names that Megatron uses.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     cases = [
         (shape, length)
         for shape, length in (DEFAULT_CASES if is_quick else FULL_CASES)
@@ -381,11 +386,11 @@ def main() -> None:
     clock = "processor" if args.cpu_time else "wall"
     print(
         f"float32, threads: {args.threads}, {clock} time, median of {args.repeats} updates after a "
-        f"warm-up (1 where it takes over {SLOW_SECONDS:g} s)\n\n{'model':<7}{'length':>7}"
+        f"warm-up, the sides in turns\n\n{'model':<7}{'length':>7}"
         f"{'tokens':>8}  {'side':<16}{'tokens/s':>10}{'x hf':>7}{'peak MiB':>10}{'x hf':>7}"
     )
     for shape, length in cases:
-        print_rows(shape, length, measure_case(shape, length))
+        print_rows(shape, length, measure_case(shape, length, args), clock)
     print(
         "\nlength: tokens of a sequence. tokens: of an update. x hf: speed against the faster of\n"
         "transformers' sides, memory against the one with the same micro-batches. peak: resident\n"
