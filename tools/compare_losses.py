@@ -299,7 +299,13 @@ def record_side(args: argparse.Namespace) -> None:
     require_choice("algorithm.aggregation", config.algorithm.aggregation, AGGREGATIONS)
     parallel = config.parallel
     spec = read_model_spec(args.model)
-    validate_layout(spec, parallel.tensor, parallel.pipeline, parallel.interleaved_chunks)
+    validate_layout(
+        spec,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.interleaved_chunks,
+        parallel.pipeline_layout,
+    )
     get_platform("cpu").prepare()
     import r2vpo_megatron.learner.megatron_actor
 

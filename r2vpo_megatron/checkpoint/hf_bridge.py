@@ -20,7 +20,8 @@ from r2vpo_megatron.checkpoint.layout import (
 )
 from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
 from r2vpo_megatron.models import ARCHITECTURES
-from r2vpo_megatron.models.spec import ModelSpec, stage_of_layer
+from r2vpo_megatron.models.pipeline import stage_of_layer
+from r2vpo_megatron.models.spec import ModelSpec
 from r2vpo_megatron.parallel.state import ParallelState
 
 _MAX_LISTED = 8
@@ -125,7 +126,11 @@ def _collect_shards(
 def _stage_of(placement: Placement, spec: ModelSpec, state: ParallelState) -> int:
     if placement.layer is not None:
         return stage_of_layer(
-            spec, placement.layer, state.pipeline_size, state.virtual_pipeline_size
+            placement.layer,
+            spec.num_layers,
+            state.pipeline_size,
+            state.virtual_pipeline_size,
+            state.pipeline_layout,
         )
     return 0 if placement.megatron_name.startswith("embedding.") else state.pipeline_size - 1
 

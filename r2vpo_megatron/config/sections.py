@@ -197,6 +197,8 @@ class ParallelConfig:
     """Pipeline parallel size (stages)."""
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage; above 1 the schedule interleaves them."""
+    pipeline_layout: str = ""
+    """Layers of each model chunk from the bottom up, as in 9,8,8,9; empty: as many in each."""
     context: int = 1
     """Context parallel size: ranks that share the tokens of each micro-batch."""
     data: int = 1
@@ -220,6 +222,16 @@ class ParallelConfig:
             "context",
             "data",
             "threads_per_rank",
+        )
+        num_chunks = self.pipeline * self.virtual_pipeline
+        counts = self.pipeline_layout.split(",")
+        require(
+            not self.pipeline_layout
+            or (len(counts) == num_chunks and all(count.strip().isdecimal() for count in counts)),
+            "parallel.pipeline_layout",
+            self.pipeline_layout,
+            f"empty, or a number of layers for each of parallel.pipeline x "
+            f"parallel.virtual_pipeline = {num_chunks} chunks, with commas between",
         )
         multiple = self.tokens_multiple
         require(

@@ -44,6 +44,7 @@ def start_learner(
         pipeline=parallel.pipeline,
         context=parallel.context,
         virtual_pipeline=parallel.interleaved_chunks,
+        pipeline_layout=parallel.pipeline_layout,
         init_method=init_method,
         local_rank=0,  # Ray shows each worker its own devices alone
         timeout_seconds=runtime.timeout_seconds,

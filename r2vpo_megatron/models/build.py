@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 from r2vpo_megatron.device.base import Platform
 from r2vpo_megatron.models.attention import PackedCoreAttention
 from r2vpo_megatron.models.norm import RMSNorm
+from r2vpo_megatron.models.pipeline import layers_of_chunks
 from r2vpo_megatron.models.policy_model import PolicyModel
 from r2vpo_megatron.models.spec import ModelSpec, validate_layout
 from r2vpo_megatron.models.swiglu import swiglu
@@ -83,8 +84,16 @@ def transformer_config(
     """
     if recompute not in _RECOMPUTE:
         raise ValueError(f"recompute = {recompute!r}: must be one of {', '.join(_RECOMPUTE)}")
-    validate_layout(spec, state.tensor_size, state.pipeline_size, state.virtual_pipeline_size)
+    validate_layout(
+        spec,
+        state.tensor_size,
+        state.pipeline_size,
+        state.virtual_pipeline_size,
+        state.pipeline_layout,
+    )
     fields = _decoder_fields(spec, dtype) | _grid_fields(state)
+    if state.pipeline_layout:
+        fields["pipeline_model_parallel_layout"] = _megatron_layout(_chunks(spec, state))
     fields["sequence_parallel"] = sequence_parallel and state.tensor_size > 1
     fields |= _RECOMPUTE[recompute] | platform.transformer_config_overrides()
     return TransformerConfig(**fields)
@@ -136,6 +145,18 @@ def _grid_fields(state: ParallelState) -> dict[str, Any]:
     }
 
 
+def _chunks(spec: ModelSpec, state: ParallelState) -> list[list[int]]:
+    """The layers of every chunk of the model, see models/pipeline.py."""
+    return layers_of_chunks(
+        spec.num_layers, state.pipeline_size, state.virtual_pipeline_size, state.pipeline_layout
+    )
+
+
+def _megatron_layout(chunks: list[list[int]]) -> str:
+    """Megatron's notation: E the embedding, t a layer, L the LM head, | between chunks."""
+    return f"E{'|'.join('t' * len(layers) for layers in chunks)}L"
+
+
 def layer_spec(
     spec: ModelSpec, state: ParallelState, platform: Platform, norm: ModuleSpec
 ) -> ModuleSpec:
@@ -173,6 +194,12 @@ def layer_spec(
             pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            # The Transformer Engine keys, as in Megatron's own local spec, so that a checkpoint
+            # is the same with and without it.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
         ),
     )
 
@@ -210,25 +237,23 @@ def build_model(
         recompute=recompute,
         dtype=dtype,
     )
-    num_chunks = state.virtual_pipeline_size or 1
-    num_layers = spec.num_layers // (state.pipeline_size * num_chunks)
+    held = _chunks(spec, state)[state.pipeline_rank :: state.pipeline_size]
     norm = ModuleSpec(module=RMSNorm, params={"device": state.device})
-    block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(spec, state, platform, norm)] * num_layers, layer_norm=norm
-    )
+    layer = layer_spec(spec, state, platform, norm)
     chunks = [
         PolicyModel(
             spec,
             config,
-            block,
+            TransformerBlockSubmodules(layer_specs=[layer] * len(layers), layer_norm=norm),
             device=state.device,
             pre_process=state.is_first_stage and chunk == 0,
-            post_process=state.is_last_stage and chunk == num_chunks - 1,
+            post_process=state.is_last_stage and chunk == len(held) - 1,
             vp_stage=chunk if state.virtual_pipeline_size is not None else None,
         )
-        for chunk in range(num_chunks)
+        for chunk, layers in enumerate(held)
     ]
-    for model in chunks:
+    for model, layers in zip(chunks, held, strict=True):
+        assert [built.layer_number - 1 for built in model.decoder.layers] == layers
         _mark_tensor_parallel_parameters(model)
     return chunks
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r2vpo_megatron.models import ARCHITECTURES
+from r2vpo_megatron.models.pipeline import layers_of_chunks
 
 _VOCAB_MULTIPLE = 128  # rows of the embedding per tensor-parallel rank, for matrix units
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -86,12 +87,23 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
 
 
 def validate_layout(
-    spec: ModelSpec, tensor: int, pipeline: int, virtual_pipeline: int | None = None
+    spec: ModelSpec,
+    tensor: int,
+    pipeline: int,
+    virtual_pipeline: int | None = None,
+    pipeline_layout: str = "",
 ) -> None:
     """Check that the model can be cut into `tensor` x `pipeline` (x `virtual_pipeline`) parts.
 
+    Args:
+        spec: the model.
+        tensor: tensor-parallel size.
+        pipeline: pipeline stages.
+        virtual_pipeline: model chunks per stage, None for one.
+        pipeline_layout: layers of each chunk, see models/pipeline.py; empty for an even split.
+
     Raises:
-        ValueError: naming both numbers and the sizes that are valid.
+        ValueError: naming both numbers and what is valid.
     """
     if tensor not in valid_tensor_sizes(spec):
         raise ValueError(
@@ -99,14 +111,7 @@ def validate_layout(
             f"{spec.num_kv_heads} KV heads (ffn {spec.ffn_size}); "
             f"valid sizes: {_join(valid_tensor_sizes(spec))}"
         )
-    num_chunks = pipeline * (virtual_pipeline or 1)
-    if num_chunks < 1 or spec.num_layers % num_chunks:
-        valid = [n for n in range(1, spec.num_layers + 1) if spec.num_layers % n == 0]
-        name = "pipeline" if virtual_pipeline is None else "pipeline x virtual pipeline"
-        raise ValueError(
-            f"{name} size {num_chunks} does not divide {spec.num_layers} layers; "
-            f"valid sizes: {_join(valid)}"
-        )
+    layers_of_chunks(spec.num_layers, pipeline, virtual_pipeline, pipeline_layout)
 
 
 def valid_tensor_sizes(spec: ModelSpec) -> list[int]:
@@ -118,14 +123,6 @@ def valid_tensor_sizes(spec: ModelSpec) -> list[int]:
         and spec.num_heads % size == 0
         and spec.ffn_size % size == 0
     ]
-
-
-def stage_of_layer(
-    spec: ModelSpec, layer: int, pipeline: int, virtual_pipeline: int | None = None
-) -> int:
-    """Pipeline rank that holds this layer (0-based), as Megatron deals even chunks out."""
-    layers_per_chunk = spec.num_layers // (pipeline * (virtual_pipeline or 1))
-    return (layer // layers_per_chunk) % pipeline
 
 
 class _Config:

@@ -115,7 +115,13 @@ def _find_inputs(config: RunConfig) -> tuple[Path, str, str]:
 def _check_fit(config: RunConfig, spec: ModelSpec) -> None:
     """Check the layout and the lengths against the model."""
     parallel = config.parallel
-    validate_layout(spec, parallel.tensor, parallel.pipeline, parallel.interleaved_chunks)
+    validate_layout(
+        spec,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.interleaved_chunks,
+        parallel.pipeline_layout,
+    )
     rollout_tensor = config.rollout.tensor_parallel
     require(
         spec.num_heads % rollout_tensor == 0,

@@ -43,6 +43,7 @@ class ParallelState:
     model_group: ProcessGroup  # tensor x pipeline: one replica of the model
     embedding_group: ProcessGroup | None  # first and last stage; None on the stages between
     virtual_pipeline_size: int | None = None
+    pipeline_layout: str = ""  # layers of each model chunk, see models/pipeline.py; empty: even
 
     @property
     def is_first_stage(self) -> bool:
@@ -105,6 +106,7 @@ def initialize_parallel(
     init_method: str,
     timeout_seconds: float = 600.0,
     virtual_pipeline: int | None = None,
+    pipeline_layout: str = "",
     local_rank: int | None = None,
     seed: int = 0,
 ) -> ParallelState:
@@ -122,6 +124,8 @@ def initialize_parallel(
         init_method: tcp://host:port or file:///path, the same on every rank.
         timeout_seconds: after which a collective that hangs raises.
         virtual_pipeline: model chunks per stage, None for one.
+        pipeline_layout: layers of each model chunk, such as "9,8,8,9"; empty for an even split.
+            Whether it fits is known when the model is built.
         local_rank: rank on this node; None reads LOCAL_RANK, else takes 0.
         seed: of torch's and Megatron's generators; nothing here draws from them but dropout.
 
@@ -150,7 +154,7 @@ def initialize_parallel(
     )
     _initialize_megatron(tensor, pipeline, context, virtual_pipeline, timeout_seconds)
     _seed(platform, seed)
-    return _state_from_megatron(rank, world_size, device, virtual_pipeline)
+    return _state_from_megatron(rank, world_size, device, virtual_pipeline, pipeline_layout)
 
 
 def _initialize_megatron(
@@ -180,7 +184,11 @@ def _seed(platform: Platform, seed: int) -> None:
 
 
 def _state_from_megatron(
-    rank: int, world_size: int, device: torch.device, virtual_pipeline: int | None
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    virtual_pipeline: int | None,
+    pipeline_layout: str,
 ) -> ParallelState:
     from megatron.core import parallel_state as mpu
 
@@ -204,6 +212,7 @@ def _state_from_megatron(
         model_group=mpu.get_model_parallel_group(),
         embedding_group=mpu.get_embedding_group(check_initialized=False),
         virtual_pipeline_size=virtual_pipeline,
+        pipeline_layout=pipeline_layout,
     )
 
 

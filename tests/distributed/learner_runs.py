@@ -133,6 +133,7 @@ def start_state(
         pipeline=parallel.pipeline,
         context=parallel.context,
         virtual_pipeline=parallel.interleaved_chunks,
+        pipeline_layout=parallel.pipeline_layout,
         init_method=init_method,
         timeout_seconds=60.0,
     )

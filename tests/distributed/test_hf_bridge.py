@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,36 @@ from torch import Tensor
 from r2vpo_megatron.checkpoint.hf_bridge import iterate_hf_weights, load_hf_weights
 from r2vpo_megatron.checkpoint.safetensors_io import save_hf_checkpoint
 from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.models.pipeline import layers_of_chunks
 from r2vpo_megatron.models.spec import padded_vocab_size, read_model_spec
 from r2vpo_megatron.parallel.state import destroy_parallel, initialize_parallel
 from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_checkpoints import VARIANTS, VOCAB_SIZE, save_checkpoint
 
-# tensor, pipeline, virtual pipeline, data
+
+@dataclass(frozen=True)
+class Grid:
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    data: int = 1
+    pipeline_layout: str = ""
+
+
 GRIDS = {
-    "tp1": (1, 1, None, 1),
-    "tp2": (2, 1, None, 1),
-    "pp2": (1, 2, None, 1),
-    "tp2_pp2": (2, 2, None, 1),
-    "pp2_vpp2": (1, 2, 2, 1),
-    "pp2_dp2": (1, 2, None, 2),
+    "tp1": Grid(),
+    "tp2": Grid(tensor=2),
+    "pp2": Grid(pipeline=2),
+    "tp2_pp2": Grid(tensor=2, pipeline=2),
+    "pp2_vpp2": Grid(pipeline=2, virtual_pipeline=2),
+    "pp2_dp2": Grid(pipeline=2, data=2),
+    "pp3_uneven": Grid(pipeline=3, pipeline_layout="2,1,1"),
+    "tp2_pp2_uneven": Grid(tensor=2, pipeline=2, pipeline_layout="1,3"),
+    "pp2_vpp2_bare_ends": Grid(pipeline=2, virtual_pipeline=2, pipeline_layout="0,3,1,0"),
 }
+
+
+Stream = list[tuple[str, Tensor | None]]
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +64,21 @@ def _round_trip(
     rank: int,
     world_size: int,
     init_method: str,
-    grid: tuple[int, int, int | None, int],
+    grid: Grid,
     folders: dict[str, Path],
-) -> dict[str, list[tuple[str, Tensor | None]]]:
+) -> dict[str, Stream]:
     from r2vpo_megatron.models.build import build_model
 
-    tensor, pipeline, virtual_pipeline, _ = grid
+    tensor = grid.tensor
     platform = get_platform("cpu")
     state = initialize_parallel(
         platform,
         rank=rank,
         world_size=world_size,
         tensor=tensor,
-        pipeline=pipeline,
-        virtual_pipeline=virtual_pipeline,
+        pipeline=grid.pipeline,
+        virtual_pipeline=grid.virtual_pipeline,
+        pipeline_layout=grid.pipeline_layout,
         init_method=init_method,
         timeout_seconds=60,
     )
@@ -86,12 +104,9 @@ def _round_trip(
     return streams
 
 
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_round_trip_is_bit_exact(
-    grid: tuple[int, int, int | None, int], folders: dict[str, Path]
-) -> None:
-    world_size = grid[0] * grid[1] * grid[3]
-    by_rank = run_ranks(world_size, _round_trip, grid, folders)
+def _assert_round_trip(grid: Grid, folders: dict[str, Path]) -> None:
+    world_size = grid.tensor * grid.pipeline * grid.data
+    by_rank: list[dict[str, Stream]] = run_ranks(world_size, _round_trip, grid, folders)
     for name, folder in folders.items():
         source = load_file(folder / "model.safetensors")
         stream = by_rank[0][name]
@@ -102,6 +117,65 @@ def test_round_trip_is_bit_exact(
             assert torch.equal(value, source[key]), f"{name} {key}"
         for other in by_rank[1:]:
             assert other[name] == [(key, None) for key, _ in stream]
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_round_trip_is_bit_exact(grid: Grid, folders: dict[str, Path]) -> None:
+    _assert_round_trip(grid, folders)
+
+
+def test_round_trip_of_uneven_interleaved_chunks(tmp_path: Path) -> None:
+    save_checkpoint("pangu-tied", tmp_path, num_layers=7)
+    grid = Grid(pipeline=2, virtual_pipeline=2, pipeline_layout="1,3,2,1")
+    _assert_round_trip(grid, {"a": tmp_path})
+
+
+def _built_and_counted_by_megatron(
+    rank: int, world_size: int, init_method: str, folder: Path, layouts: list[str]
+) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """For each layout, layers by this rank's chunks: as built, and as Megatron alone says."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from r2vpo_megatron.models.build import build_model
+
+    platform, spec = get_platform("cpu"), read_model_spec(folder)
+    results = []
+    for number, layout in enumerate(layouts):
+        state = initialize_parallel(
+            platform,
+            rank=rank,
+            world_size=world_size,
+            pipeline=2,
+            virtual_pipeline=2,
+            pipeline_layout=layout,
+            init_method=f"{init_method}-{number}",
+            timeout_seconds=60,
+        )
+        chunks = build_model(spec, state, platform)
+        built = [[layer.layer_number - 1 for layer in c.decoder.layers] for c in chunks]
+        counted = []
+        for stage in range(2):
+            first = get_transformer_layer_offset(chunks[0].config, stage)
+            count = get_num_layers_to_build(chunks[0].config, stage)
+            counted.append(list(range(first, first + count)))
+        results.append((built, counted))
+        destroy_parallel()
+    return results
+
+
+def test_chunks_are_dealt_out_as_megatron_deals_them(tmp_path: Path) -> None:
+    save_checkpoint("llama-tied", tmp_path, num_layers=8)
+    layouts = {  # by stage, then chunk
+        "": [[[0, 1], [4, 5]], [[2, 3], [6, 7]]],
+        "1,3,2,2": [[[0], [4, 5]], [[1, 2, 3], [6, 7]]],
+        "0,5,3,0": [[[], [5, 6, 7]], [[0, 1, 2, 3, 4], []]],
+    }
+    by_rank = run_ranks(2, _built_and_counted_by_megatron, tmp_path, list(layouts))
+    for number, (layout, expected) in enumerate(layouts.items()):
+        for rank in range(2):
+            ours = layers_of_chunks(8, 2, 2, layout)[rank::2]
+            assert by_rank[rank][number] == (ours, ours) == (expected[rank], expected[rank])
 
 
 def test_the_stream_has_the_order_of_transformers(tmp_path: Path, folders: dict[str, Path]) -> None:

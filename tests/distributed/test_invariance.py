@@ -100,6 +100,12 @@ LAYOUTS = {
     "pp2": Layout(ParallelConfig(pipeline=2, recompute="mlp"), ONE_EACH),
     "pp2_tied": Layout(ParallelConfig(pipeline=2), distributed=False, checkpoint="pangu-tied"),
     "pp2_vpp2": Layout(ParallelConfig(pipeline=2, virtual_pipeline=2, recompute="full"), ONE_EACH),
+    "pp2_uneven_tied": Layout(
+        ParallelConfig(pipeline=2, pipeline_layout="3,1"), checkpoint="pangu-tied"
+    ),
+    "pp2_vpp2_uneven": Layout(
+        ParallelConfig(pipeline=2, virtual_pipeline=2, pipeline_layout="0,3,1,0"), ONE_EACH
+    ),
     "tp2_pp2": Layout(ParallelConfig(tensor=2, pipeline=2, recompute="core_attn"), ALL),
     "tp2_pp2_sp_tied": Layout(
         ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),

@@ -8,6 +8,7 @@ copies and the distributed optimizer's parameter gather.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     virtual_pipeline: int | None = None
+    pipeline_layout: str = ""
     recompute: str = "none"
+    num_layers: int = 4
 
     @property
     def world_size(self) -> int:
@@ -61,6 +64,22 @@ LAYOUTS = {
     "tp2_cp2_sp": Layout(tensor=2, context=2, sequence_parallel=True, recompute="full"),
     "pp2_cp2_dp2": Layout(pipeline=2, context=2, data=2),
     "pp2_vpp2_cp2": Layout(pipeline=2, virtual_pipeline=2, context=2),
+    "pp2_uneven": Layout(pipeline=2, pipeline_layout="3,1", recompute="full"),
+    "pp3_uneven": Layout(pipeline=3, pipeline_layout="2,1,1"),
+    "tp2_pp2_sp_uneven": Layout(
+        tensor=2, pipeline=2, pipeline_layout="1,3", sequence_parallel=True
+    ),
+    "pp2_vpp2_uneven": Layout(
+        pipeline=2, virtual_pipeline=2, pipeline_layout="1,3,2,1", num_layers=7
+    ),
+    "pp3_bare_ends": Layout(pipeline=3, pipeline_layout="0,4,0", recompute="full"),
+    "tp2_pp2_vpp2_sp_bare_ends": Layout(
+        tensor=2,
+        pipeline=2,
+        virtual_pipeline=2,
+        pipeline_layout="0,3,1,0",
+        sequence_parallel=True,
+    ),
 }
 
 
@@ -71,6 +90,14 @@ class Outcome:
     logits: list[Tensor]  # [T, vocab] for each of BATCHES, from ranks of the last stage
     grad_norm: float
     stepped: dict[str, Tensor]  # weights after the step by Hugging Face name, from rank 0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint, and what transformers made of it."""
+
+    folder: Path
+    outcome: Outcome
 
 
 def _forward_step(batches: Any, model: Any, *, state: ParallelState) -> tuple[Tensor, Any]:
@@ -187,6 +214,7 @@ def _run_layout(
         pipeline=layout.pipeline,
         context=layout.context,
         virtual_pipeline=layout.virtual_pipeline,
+        pipeline_layout=layout.pipeline_layout,
         init_method=init_method,
         timeout_seconds=60,
     )
@@ -196,66 +224,82 @@ def _run_layout(
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {variant: tmp_path_factory.mktemp(variant) for variant in VARIANTS}
+def references(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[int], dict[str, Reference]]:
+    """Number of layers -> every checkpoint of so many."""
 
-
-@pytest.fixture(scope="module")
-def references(folders: dict[str, Path]) -> dict[str, Outcome]:
-    outcomes = {}
-    for variant, folder in folders.items():
-        model = save_checkpoint(variant, folder)
-        with torch.no_grad():
-            logits = [reference_logits(model, batch) for batch in BATCHES]
-        gradients = reference_gradients(model)
-        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-        stepped = {
-            name: parameter.detach() - gradients[name] / (gradients[name].abs() + 1.0)
-            for name, parameter in model.named_parameters()
+    @functools.cache
+    def make(num_layers: int) -> dict[str, Reference]:
+        return {
+            variant: _make_reference(variant, tmp_path_factory.mktemp(variant), num_layers)
+            for variant in VARIANTS
         }
-        outcomes[variant] = Outcome(logits, float(norm), stepped)
-    return outcomes
+
+    return make
+
+
+def _make_reference(variant: str, folder: Path, num_layers: int) -> Reference:
+    model = save_checkpoint(variant, folder, num_layers=num_layers)
+    with torch.no_grad():
+        logits = [reference_logits(model, batch) for batch in BATCHES]
+    gradients = reference_gradients(model)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    stepped = {
+        name: parameter.detach() - gradients[name] / (gradients[name].abs() + 1.0)
+        for name, parameter in model.named_parameters()
+    }
+    return Reference(folder, Outcome(logits, float(norm), stepped))
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def outcomes(
-    request: pytest.FixtureRequest, folders: dict[str, Path], references: dict[str, Outcome]
-) -> dict[str, Outcome]:
-    """All checkpoints on one layout: logits from the last rank, weights from rank 0."""
+    request: pytest.FixtureRequest, references: Callable[[int], dict[str, Reference]]
+) -> dict[str, tuple[Outcome, Outcome]]:
+    """All checkpoints on one layout, logits from the last rank, weights from rank 0; and what
+    transformers made of them."""
     layout = LAYOUTS[request.param]
+    expected = references(layout.num_layers)
+    folders = {variant: reference.folder for variant, reference in expected.items()}
     by_rank = run_ranks(layout.world_size, _run_layout, layout, folders)
     return {
-        variant: Outcome(
-            by_rank[-1][variant].logits,
-            by_rank[0][variant].grad_norm,
-            by_rank[0][variant].stepped,
+        variant: (
+            Outcome(
+                by_rank[-1][variant].logits,
+                by_rank[0][variant].grad_norm,
+                by_rank[0][variant].stepped,
+            ),
+            reference.outcome,
         )
-        for variant in folders
+        for variant, reference in expected.items()
     }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers(
-    outcomes: dict[str, Outcome], references: dict[str, Outcome], variant: str
+    outcomes: dict[str, tuple[Outcome, Outcome]], variant: str
 ) -> None:
-    for logits, expected in zip(outcomes[variant].logits, references[variant].logits, strict=True):
+    outcome, reference = outcomes[variant]
+    for logits, expected in zip(outcome.logits, reference.logits, strict=True):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_step_equals_transformers(
-    outcomes: dict[str, Outcome], references: dict[str, Outcome], variant: str
+    outcomes: dict[str, tuple[Outcome, Outcome]], variant: str
 ) -> None:
-    expected = references[variant].stepped
-    assert list(outcomes[variant].stepped) == list(expected)
-    for name, weight in outcomes[variant].stepped.items():
+    outcome, reference = outcomes[variant]
+    assert list(outcome.stepped) == list(reference.stepped)
+    for name, weight in outcome.stepped.items():
+        expected = reference.stepped[name]
         torch.testing.assert_close(
-            weight, expected[name], atol=1e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+            weight, expected, atol=1e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_norm_counts_every_shard_once(
-    outcomes: dict[str, Outcome], references: dict[str, Outcome], variant: str
+    outcomes: dict[str, tuple[Outcome, Outcome]], variant: str
 ) -> None:
-    assert outcomes[variant].grad_norm == pytest.approx(references[variant].grad_norm, rel=1e-5)
+    outcome, reference = outcomes[variant]
+    assert outcome.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)

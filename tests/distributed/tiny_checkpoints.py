@@ -50,7 +50,7 @@ BATCHES = (make_batch(PACKED_LENGTHS, 1), make_batch(SINGLE_LENGTHS, 2))
 
 
 def save_checkpoint(
-    variant: str, folder: Path, *, num_heads: int = 4, num_kv_heads: int = 2
+    variant: str, folder: Path, *, num_heads: int = 4, num_kv_heads: int = 2, num_layers: int = 4
 ) -> torch.nn.Module:
     """Write a checkpoint whose every parameter, biases and norms included, is random."""
     architecture, tying = variant.split("-")
@@ -62,7 +62,7 @@ def save_checkpoint(
     config = config_class(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         intermediate_size=48,

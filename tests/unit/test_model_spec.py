@@ -12,7 +12,6 @@ from r2vpo_megatron.models.spec import (
     ModelSpec,
     padded_vocab_size,
     read_model_spec,
-    stage_of_layer,
     valid_tensor_sizes,
     validate_layout,
 )
@@ -198,6 +197,11 @@ def test_layouts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         validate_layout(spec, tensor=1, pipeline=4)
     with pytest.raises(ValueError, match="pipeline x virtual pipeline size 4 "):
         validate_layout(spec, tensor=1, pipeline=2, virtual_pipeline=2)
+    validate_layout(spec, tensor=1, pipeline=4, pipeline_layout="6,7,7,6")
+    with pytest.raises(
+        ValueError, match="pipeline_layout = '9,8': has 2 counts, but pipeline size"
+    ):
+        validate_layout(spec, tensor=1, pipeline=4, pipeline_layout="9,8")
 
 
 @pytest.mark.parametrize(
@@ -213,11 +217,3 @@ def test_layouts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 )
 def test_vocabulary_padding(vocab_size: int, tensor: int, padded: int) -> None:
     assert padded_vocab_size(vocab_size, tensor) == padded
-
-
-def test_layers_are_dealt_to_stages_in_chunks(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path, QWEN_1P5B | {"num_hidden_layers": 8})
-    stages = [stage_of_layer(spec, layer, pipeline=2) for layer in range(8)]
-    assert stages == [0, 0, 0, 0, 1, 1, 1, 1]
-    stages = [stage_of_layer(spec, layer, pipeline=2, virtual_pipeline=2) for layer in range(8)]
-    assert stages == [0, 0, 1, 1, 0, 0, 1, 1]
