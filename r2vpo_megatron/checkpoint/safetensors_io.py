@@ -2,68 +2,115 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from r2vpo_megatron.checkpoint.companions import copy_companions, state_dtype
+from r2vpo_megatron.checkpoint.safetensors_header import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorEntry,
+    read_header,
+    read_index,
+)
+from r2vpo_megatron.checkpoint.safetensors_stream import (
+    SafetensorsFile,
+    index_json,
+    make_file,
+    shard_names,
+    tensor_bytes,
+)
 from r2vpo_megatron.models.architecture import HfNames
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_COMPANION_PATTERNS = ("tokenization_*.py", "configuration_*.py", "modeling_*.py", "LICENSE*")
+_BLOCK_BYTES = 8 * 1024**2  # of whole rows, read at a time where columns are wanted
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    descriptor: int
+    header: bytes
+    entries: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    entry: TensorEntry
+    file: str
+    position: int  # of its first byte in the file
 
 
 class CheckpointReader:
-    """Tensors of a checkpoint folder by name, whole or in slices, mapped rather than loaded."""
+    """Tensors of a checkpoint folder by name, whole or in slices.
+
+    Byte ranges are read, not mapped: resident memory is the slice that was asked for, and a file
+    that shrinks meanwhile is an error rather than a signal. Reads may come from several threads.
+    """
 
     def __init__(self, model_dir: str | Path) -> None:
-        """Find every tensor.
+        """Find every tensor and check headers and index; one descriptor a file stays open.
 
         Raises:
-            ValueError: no safetensors file, or an index that names a missing file.
+            ValueError: no safetensors file; an index or header that is broken, does not fit the
+                file or leaves the folder; a tensor in two files. Names the file and the fault.
         """
         self.folder = Path(model_dir)
-        self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
+        self._files: dict[str, _OpenFile] = {}
+        self._tensors: dict[str, _StoredTensor] = {}
+        self.index_metadata: dict[str, Any] = {}
         try:
-            for path in _tensor_files(self.folder):
-                self._open(path)
+            index = self.folder / INDEX_FILE
+            if index.is_file():
+                weight_map, self.index_metadata = read_index(index)
+                self._open_all(sorted(set(weight_map.values())))
+                self._check_index(index, weight_map)
+            elif (self.folder / SINGLE_FILE).is_file():
+                self._open_all([SINGLE_FILE])
+            else:
+                raise ValueError(
+                    f"model folder {self.folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; "
+                    "only safetensors checkpoints are read"
+                )
         except BaseException:
             self.close()
             raise
 
-    def _open(self, path: Path) -> None:
-        try:
-            file = self._stack.enter_context(safe_open(str(path), framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            self._file_of[name] = file
+    def _open_all(self, files: Iterable[str]) -> None:
+        for file in files:
+            path = self.folder / file
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                header, entries = read_header(path, descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._files[file] = _OpenFile(descriptor, header, entries)
+            position = len(header)
+            for entry in entries:
+                if entry.name in self._tensors:
+                    other = self._tensors[entry.name].file
+                    raise ValueError(f"{path}: tensor {entry.name!r} is in {other} as well")
+                self._tensors[entry.name] = _StoredTensor(entry, file, position)
+                position += entry.nbytes
+
+    def _check_index(self, index: Path, weight_map: Mapping[str, str]) -> None:
+        for name, file in weight_map.items():
+            if name not in self._tensors:
+                raise ValueError(f"{index}: names tensor {name!r}, which {file} lacks")
+            if self._tensors[name].file != file:
+                raise ValueError(
+                    f"{index}: says that tensor {name!r} is in {file}; "
+                    f"it is in {self._tensors[name].file}"
+                )
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -77,49 +124,98 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        """Unmap the files."""
-        self._file_of.clear()
-        self._stack.close()
+        """Close the files; nothing can be asked any more."""
+        self._tensors.clear()
+        while self._files:
+            os.close(self._files.popitem()[1].descriptor)
 
     def names(self) -> list[str]:
-        """All tensor names."""
-        return list(self._file_of)
+        """All tensor names, by file and in the file's order."""
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        return self._tensors[name].entry.shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, without reading it."""
+        return self._tensors[name].entry.dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor's values."""
+        return self._tensors[name].entry.nbytes
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self._tensors[name].file
+
+    def files(self) -> list[str]:
+        """Names of the safetensors files, sorted."""
+        return list(self._files)
+
+    def entries(self, file: str) -> tuple[TensorEntry, ...]:
+        """Tensors of a file, in the order of their bytes."""
+        return self._files[file].entries
+
+    def header_bytes(self, file: str) -> bytes:
+        """What stands before the values: length (8 bytes), JSON and padding, verbatim."""
+        return self._files[file].header
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, on the CPU."""
-        tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor
+        stored = self._tensors[name]
+        values = self._read(stored, 0, stored.entry.nbytes)
+        return values.view(stored.entry.dtype).reshape(stored.entry.shape)
 
     def read_slice(self, name: str, dimension: int, start: int, stop: int) -> Tensor:
-        """tensor[start:stop] along dimension 0 or 1, on the CPU."""
-        view = self._file_of[name].get_slice(name)
-        part: Tensor = view[start:stop] if dimension == 0 else view[:, start:stop]
+        """tensor[start:stop] along dimension 0 or 1, on the CPU, contiguous.
+
+        Raises:
+            ValueError: the tensor has no such slice.
+        """
+        stored = self._tensors[name]
+        shape, dtype = stored.entry.shape, stored.entry.dtype
+        if dimension not in (0, 1) or dimension >= len(shape):
+            raise ValueError(f"tensor {name!r} {list(shape)}: cannot be cut along {dimension}")
+        if not 0 <= start <= stop <= shape[dimension]:
+            raise ValueError(
+                f"tensor {name!r} {list(shape)}: has no slice {start}:{stop} along {dimension}"
+            )
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        if dimension == 0:
+            values = self._read(stored, start * row_bytes, stop * row_bytes)
+            return values.view(dtype).reshape(stop - start, *shape[1:])
+        part = torch.empty(shape[0], stop - start, *shape[2:], dtype=dtype)
+        if part.numel() == 0:
+            return part
+        num_rows = min(shape[0], max(1, _BLOCK_BYTES // row_bytes))
+        block = torch.empty(num_rows * row_bytes, dtype=torch.uint8)
+        for row in range(0, shape[0], num_rows):
+            end = min(row + num_rows, shape[0])
+            read = block[: (end - row) * row_bytes]
+            self._read_into(read, stored, row * row_bytes)
+            part[row:end] = read.view(dtype).reshape(end - row, *shape[1:])[:, start:stop]
         return part
 
+    def _read(self, stored: _StoredTensor, start: int, stop: int) -> Tensor:
+        """Bytes [start, stop) of a tensor's values, uint8."""
+        values = torch.empty(stop - start, dtype=torch.uint8)
+        self._read_into(values, stored, start)
+        return values
 
-def _tensor_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX_FILE
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: is not a safetensors index ({error!r})") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{index}: names files that are missing: {', '.join(missing)}")
-        return [folder / name for name in names]
-    if (folder / _SINGLE_FILE).is_file():
-        return [folder / _SINGLE_FILE]
-    raise ValueError(
-        f"model folder {folder}: has neither {_SINGLE_FILE} nor {_INDEX_FILE}; "
-        "only safetensors checkpoints are read"
-    )
+    def _read_into(self, values: Tensor, stored: _StoredTensor, start: int) -> None:
+        """Fill `values`, uint8, with a tensor's bytes from `start` on."""
+        view = values.numpy().data
+        descriptor, position = self._files[stored.file].descriptor, stored.position + start
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], position + done)
+            if count == 0:
+                raise ValueError(
+                    f"{self.folder / stored.file}: ends within tensor {stored.entry.name!r}; "
+                    "it was cut short after it was opened"
+                )
+            done += count
 
 
 def save_hf_checkpoint(
@@ -131,7 +227,8 @@ def save_hf_checkpoint(
 ) -> None:
     """Write a Hugging Face checkpoint folder; it appears whole or not at all.
 
-    config.json, tokenizer, generation config and chat template are the reference's, unchanged,
+    Config, tokenizer, chat template and what else copy_companions takes are the reference's,
+    unchanged,
     except that config.json states the dtype of `tensors` if their floating-point ones share one.
     Tensors of the reference with an ignored suffix, which the stream lacks since they are not
     learned, are copied, so that the folder has exactly the reference's tensors.
@@ -157,9 +254,9 @@ def save_hf_checkpoint(
         dtypes: set[torch.dtype] = set()
         stream = _with_ignored(_noting_dtypes(tensors, dtypes), reference, ignored_suffixes)
         _write_shards(stream, temporary, max_shard_bytes)
-        _copy_companions(reference, temporary)
+        copy_companions(reference, temporary)
         if len(dtypes) == 1:
-            _state_dtype(temporary / "config.json", str(dtypes.pop()).removeprefix("torch."))
+            state_dtype(temporary / "config.json", str(dtypes.pop()).removeprefix("torch."))
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         if output.exists():
             output.rmdir()
@@ -192,7 +289,7 @@ def _with_ignored(
     for name, tensor in tensors:
         written.add(name)
         yield name, tensor
-    if not ((reference / _SINGLE_FILE).is_file() or (reference / _INDEX_FILE).is_file()):
+    if not ((reference / SINGLE_FILE).is_file() or (reference / INDEX_FILE).is_file()):
         return
     with CheckpointReader(reference) as reader:
         for name in reader.names():
@@ -203,67 +300,47 @@ def _with_ignored(
 def _write_shards(
     tensors: Iterable[tuple[str, Tensor | None]], folder: Path, max_shard_bytes: int
 ) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
+    files: list[SafetensorsFile] = []
+    pending: list[tuple[TensorEntry, Tensor]] = []
+    pending_bytes = 0
 
     def flush() -> None:
-        save_file(pending, str(folder / f"{len(shards)}.part"), metadata={"format": "pt"})
-        shards.append(list(pending))
+        file = make_file(f"{len(files)}.part", [entry for entry, _ in pending])
+        with open(folder / file.name, "wb") as stream:
+            stream.write(file.header)
+            for _, values in pending:
+                stream.write(tensor_bytes(values))
+        files.append(file)
         pending.clear()
 
     for name, tensor in tensors:
         if tensor is None:
             raise ValueError(f"tensor {name} is None: only the writing rank may save a checkpoint")
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
+        entry = TensorEntry(name, tensor.dtype, tuple(tensor.shape))
+        if pending and pending_bytes + entry.nbytes > max_shard_bytes:
             flush()
             pending_bytes = 0
-        pending[name] = _owned_on_cpu(tensor)
-        pending_bytes += size
-        total_bytes += size
+        pending.append((entry, _owned_on_cpu(tensor)))
+        pending_bytes += entry.nbytes
     flush()
-    _name_shards(folder, shards, total_bytes)
+    _name_shards(folder, files)
 
 
 def _owned_on_cpu(tensor: Tensor) -> Tensor:
-    """A contiguous CPU tensor with storage of its own size, detached from the model.
+    """A CPU tensor with storage of its own size, detached from the model.
 
-    A view would keep alive, and safetensors refuse, storage that other tensors share; and the
-    parameters may change before the shard is written.
+    A view would keep alive storage that other tensors share; and the parameters may change
+    before the shard is written.
     """
     detached = tensor.detach()
     return detached.cpu() if detached.device.type != "cpu" else detached.clone()
 
 
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    if len(shards) == 1:
-        os.replace(folder / "0.part", folder / _SINGLE_FILE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"{number}.part", folder / file_name)
-        weight_map.update(dict.fromkeys(names, file_name))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / _INDEX_FILE).write_text(text, encoding="utf-8")
-
-
-def _copy_companions(reference: Path, folder: Path) -> None:
-    paths = [reference / name for name in _COMPANION_FILES]
-    paths += [path for pattern in _COMPANION_PATTERNS for path in sorted(reference.glob(pattern))]
-    for path in paths:
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
-
-
-def _state_dtype(config_path: Path, dtype: str) -> None:
-    """Correct config.json's dtype: loaders that follow it would cast the weights."""
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    if all(config.get(key) == dtype for key in keys):
-        return
-    config.update(dict.fromkeys(keys, dtype))
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    config_path.write_text(text, encoding="utf-8")
+def _name_shards(folder: Path, parts: list[SafetensorsFile]) -> None:
+    names = shard_names(len(parts))
+    files = [replace(part, name=name) for part, name in zip(parts, names, strict=True)]
+    for part, file in zip(parts, files, strict=True):
+        os.replace(folder / part.name, folder / file.name)
+    index = index_json(files)
+    if index is not None:
+        (folder / INDEX_FILE).write_text(index, encoding="utf-8")
