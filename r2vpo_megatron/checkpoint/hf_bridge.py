@@ -18,13 +18,12 @@ from r2vpo_megatron.checkpoint.layout import (
     read_shard,
     shard_shape,
 )
-from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
-from r2vpo_megatron.models import ARCHITECTURES
+from r2vpo_megatron.checkpoint.megatron_keys import open_checkpoint
+from r2vpo_megatron.checkpoint.tensor_check import check_tensors, entries_of
 from r2vpo_megatron.models.pipeline import stage_of_layer
 from r2vpo_megatron.models.spec import ModelSpec
 from r2vpo_megatron.parallel.state import ParallelState
 
-_MAX_LISTED = 8
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
@@ -39,7 +38,7 @@ def load_hf_weights(
         model_chunks: from build_model, wrapped (DDP) or not.
         spec: of the same checkpoint.
         state: where this rank stands.
-        model_dir: folder with safetensors files.
+        model_dir: Hugging Face folder, or a torch_dist one that holds its config.
 
     Raises:
         ValueError: tensors that are missing, of the wrong shape, or not used by this model.
@@ -48,8 +47,8 @@ def load_hf_weights(
     if spec.tied_embeddings:
         # The last of several stages keeps a copy of the embedding as its head.
         by_name["output_layer.weight"] = by_name["embedding.word_embeddings.weight"]
-    with CheckpointReader(model_dir) as reader, torch.no_grad():
-        _check_tensors(reader, spec)
+    with open_checkpoint(model_dir) as reader, torch.no_grad():
+        check_tensors(entries_of(reader), spec, reader.folder)
         for name, parameter in _local_parameters(model_chunks).items():
             shard = read_shard(
                 by_name[name], spec, state.tensor_rank, state.tensor_size, reader.read_slice
@@ -149,47 +148,3 @@ def _local_parameters(model_chunks: Sequence[Any]) -> dict[str, Tensor]:
                 name = f"decoder.layers.{layer}.{name[match.end() :]}"
             parameters[name] = parameter
     return parameters
-
-
-def _check_tensors(reader: CheckpointReader, spec: ModelSpec) -> None:
-    names = ARCHITECTURES[spec.architecture].names
-    expected = {
-        name: shape
-        for group in placements(spec)
-        for placement in group
-        for name, shape in placement.hf_shapes.items()
-    }
-    present = set(reader.names())
-    missing = [name for name in expected if name not in present]
-    ignorable = {names.lm_head} if spec.tied_embeddings else set()
-    unused = sorted(
-        name
-        for name in present
-        if name not in expected
-        and name not in ignorable
-        and not name.endswith(names.ignored_suffixes)
-    )
-    misshapen = [
-        f"{name} {list(reader.shape(name))}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in present and reader.shape(name) != shape
-    ]
-    problems = [
-        f"{title}: {_abbreviated(found)}"
-        for title, found in (
-            ("missing", missing),
-            ("not used by this model", unused),
-            ("wrong shape", misshapen),
-        )
-        if found
-    ]
-    if problems:
-        raise ValueError(
-            f"checkpoint {reader.folder} does not fit its config.json ({spec.architecture}): "
-            + "; ".join(problems)
-        )
-
-
-def _abbreviated(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
-    return ", ".join(items[:_MAX_LISTED]) + more

@@ -24,6 +24,7 @@ class HfNames:
     down: str = "mlp.down_proj"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    inverse_frequencies: str = "self_attn.rotary_emb.inv_freq"  # of RoPE, where they are stored
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)  # computed, not learned
 
 
@@ -41,3 +42,5 @@ class Architecture:
     # Config keys that must be absent or have this value, since the decoder lacks the feature.
     required_values: Mapping[str, Any]
     names: HfNames
+    # Published checkpoints hold RoPE's inverse frequencies: one fp32 [head_dim / 2] a layer.
+    stores_inverse_frequencies: bool = False

@@ -18,4 +18,5 @@ ARCHITECTURE = Architecture(
     attention_biases=_attention_biases,
     required_values={"hidden_act": "silu", "mlp_bias": False},
     names=HfNames(),
+    stores_inverse_frequencies=True,
 )

@@ -214,11 +214,11 @@ def _edited(source: Path, target: Path, **changes: Tensor | None) -> Path:
     [
         (
             {"model.layers.2.self_attn.o_proj.bias": None},
-            "missing: model.layers.2.self_attn.o_proj.bias",
+            "unfilled (missing in the checkpoint): model.layers.2.self_attn.o_proj.bias",
         ),
         (
             {"model.layers.0.mlp.up_proj.bias": torch.zeros(48)},
-            "not used by this model: model.layers.0.mlp.up_proj.bias",
+            "unmapped (not used by this model): model.layers.0.mlp.up_proj.bias",
         ),
         (
             {"model.norm.weight": torch.zeros(31)},
