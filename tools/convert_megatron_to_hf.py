@@ -1,0 +1,116 @@
+"""Convert a torch_dist checkpoint of Megatron-core, a run's or a converted one, to Hugging Face.
+
+python tools/convert_megatron_to_hf.py --megatron DIR --output DIR --hf-reference DIR --verify
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works before installation, too
+
+from r2vpo_megatron.conversion.carry_out import carry_out
+from r2vpo_megatron.conversion.hf_export import HfExport
+from r2vpo_megatron.conversion.plan import DTYPES, describe
+from r2vpo_megatron.conversion.progress import ConversionProgress
+from r2vpo_megatron.conversion.to_hf import conversion_to_hf, plan_to_hf
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Plan, then convert; print the plan alone with --dry-run."""
+    options = _parser().parse_args(arguments)
+    export = HfExport(
+        options.megatron,
+        options.output,
+        options.hf_reference,
+        options.as_llama,
+        options.max_shard_size,
+        options.dtype,
+        options.trust_pickle,
+    )
+    try:
+        plan = plan_to_hf(export)
+        if options.dry_run:
+            print(describe(plan))
+            return 0
+        conversion = conversion_to_hf(export, plan, verify=options.verify)
+        found = carry_out(conversion, resume=options.resume, progress=ConversionProgress())
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if found:
+        print(found)
+    return 0
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of "5GB" (powers of 1000), "5GiB" (powers of 1024) or "5000000000"."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 5GB, 512MiB or 1000000")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--megatron",
+        type=Path,
+        required=True,
+        help="torch_dist folder, or the folder of a run that names its latest iteration",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to make; it appears when it is whole"
+    )
+    parser.add_argument(
+        "--hf-reference",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="model that the checkpoint came from: its config, tokenizer, files and sharding, and "
+        "the buffers that Megatron does not hold; default: what lies in MEGATRON/hf",
+    )
+    parser.add_argument(
+        "--as-llama",
+        action="store_true",
+        help="write a config with which the same weights serve as LlamaForCausalLM",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=size_in_bytes,
+        default=size_in_bytes("5GB"),
+        metavar="5GB",
+        help="of a file, where no reference says how to cut",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="keep", help="of the weights; keep: as they are"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every tensor with the source, bit for bit, and the logits of a small model",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a conversion that was stopped"
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="load the common.pt of a foreign checkpoint without restrictions: a pickle can run "
+        "any program as you; only for files whose author you trust",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
