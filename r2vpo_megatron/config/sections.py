@@ -42,6 +42,9 @@ class ModelConfig:
     """Folder of the Hugging Face checkpoint (config.json, safetensors, tokenizer)."""
     testbed: str = ""
     """Make and warm-start a tiny model instead of reading `path`: pangu, qwen2 or llama."""
+    weights: str = ""
+    """Folder of other weights of this model to start from, in Megatron's torch_dist format or
+    Hugging Face's; the engines get them before the first rollout. Empty: those of the model."""
     dtype: str = "bfloat16"
     """Parameter dtype of learner and engines: float32 or bfloat16."""
 

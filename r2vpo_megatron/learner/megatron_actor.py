@@ -53,7 +53,7 @@ class MegatronActor:
             recompute=config.parallel.recompute,
             dtype=dtype,
         )
-        load_hf_weights(models, self._spec, state, model_dir)
+        load_hf_weights(models, self._spec, state, config.model.weights or model_dir)
         self._model = make_trainable(models, config.optimizer, dtype, state, platform)
         self._head = PolicyHead(
             state=state,

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from r2vpo_megatron.checkpoint.megatron_keys import open_checkpoint
+from r2vpo_megatron.checkpoint.tensor_check import check_tensors, entries_of
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.config.sections import require, require_choice
 from r2vpo_megatron.data.chat import ChatTokenizer, tokenize_prompts
@@ -65,6 +67,7 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     config = replace(config, runtime=replace(config.runtime, device=device))
     model_dir, train_path, held_out_path = _find_inputs(config)
     spec = read_model_spec(model_dir)
+    config = _check_weights(config, spec)
     _check_fit(config, spec)
     tokenizer = ChatTokenizer(model_dir)
     limit = config.rollout.max_prompt_tokens
@@ -110,6 +113,19 @@ def _find_inputs(config: RunConfig) -> tuple[Path, str, str]:
         train_path or str(model_dir / "train.jsonl"),
         held_out_path or str(model_dir / "held_out.jsonl"),
     )
+
+
+def _check_weights(config: RunConfig, spec: ModelSpec) -> RunConfig:
+    """The configuration with `model.weights`, if any, as an absolute path of what fits."""
+    if not config.model.weights:
+        return config
+    folder = Path(config.model.weights).resolve()
+    try:
+        with open_checkpoint(folder) as checkpoint:
+            check_tensors(entries_of(checkpoint), spec, folder)
+    except ValueError as error:
+        raise ValueError(f"model.weights = {config.model.weights!r}: {error}") from error
+    return replace(config, model=replace(config.model, weights=str(folder)))
 
 
 def _check_fit(config: RunConfig, spec: ModelSpec) -> None:

@@ -36,6 +36,8 @@ def run_training(run: PreparedRun) -> None:
     print(f"{run.recipe} -> {run.run_dir}", _describe(run), sep="\n", flush=True)
     with _workers(run) as (learner, rollout):
         ring = _make_ring(run, learner, rollout)
+        if run.config.model.weights:  # the engines hold those of the model folder
+            learner.push_weights(rollout, version=0)
         before = ring.held_out.evaluate_both(rollout) if ring.held_out else {}
         after = _turn(run, ring, before)
         learner.save_hf(run.run_dir / "hf")

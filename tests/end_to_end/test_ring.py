@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from r2vpo_megatron.rollout.vllm_engine import engine_environment
 from r2vpo_megatron.testbed.tiny_model import make_tiny_model
@@ -191,7 +192,12 @@ def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
 def test_a_dual_controller_moves_lambda_on_the_engines_logprobs(start, tmp_path):
     run = start(
         "r2vpo_off_policy_dual",
-        **{"algorithm.behavior-logprobs": "rollout", "algorithm.dual-target": "1e6"},
+        **{
+            "algorithm.behavior-logprobs": "rollout",
+            "algorithm.dual-target": "1e6",
+            "algorithm.ratio-penalty": "0.04",
+            "replay.update-to-data": "2",
+        },
     )
     assert run.process.wait(timeout=240) == 0, run.text()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
@@ -199,6 +205,35 @@ def test_a_dual_controller_moves_lambda_on_the_engines_logprobs(start, tmp_path)
     # The eighth update used what seven had left.
     assert lines[2]["ratio/penalty"] == pytest.approx(0.04 * math.exp(-0.1 * 7), rel=1e-3)
     assert lines[2]["ratio/target"] == 1e6
+
+
+def test_a_run_starts_from_the_weights_of_a_megatron_checkpoint(start, tiny_model, tmp_path):
+    """Not the model folder's, on the learner and, before the first rollout, in the engines."""
+    other, converted = tmp_path / "other", tmp_path / "megatron"
+    shutil.copytree(tiny_model, other)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(tiny_model / "model.safetensors").items()
+    }
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    tool = [sys.executable, "tools/convert_hf_to_megatron.py", "--pipeline-parallel", "2"]
+    subprocess.run([*tool, "--hf", other, "--output", converted], cwd=REPO, check=True)
+
+    run = start(
+        "r2vpo_off_policy",
+        **{
+            "model.weights": str(converted),
+            "optimizer.lr": "0",
+            "train.num-iterations": "1",
+            "evaluation.every-iterations": "0",
+        },
+    )
+    assert run.process.wait(timeout=240) == 0, run.text()
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    assert first["logprob_gap/max"] < 1e-3  # of the two models of this test it is over 0.1
+    final = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    assert {name for name in weights if not torch.equal(weights[name], final[name])} == set()
 
 
 def assert_final_weights(final: Path, initial: Path) -> None:
