@@ -233,11 +233,7 @@ class HFPass:
 
 
 class Side:
-    """One side in a child of its own; all children wait while one of them updates.
-
-    Sides take turns, update by update: a machine whose speed drifts is as fast for one as for the
-    others.
-    """
+    """One side in a child; children take turns, so a machine's drift is the same for all."""
 
     def __init__(self, side: str, shape: str, length: int, folder: Path, threads: int) -> None:
         context = multiprocessing.get_context("spawn")

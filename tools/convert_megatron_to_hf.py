@@ -31,14 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
         options.as_llama,
         options.max_shard_size,
         options.dtype,
-        options.trust_pickle,
     )
     try:
         plan = plan_to_hf(export)
         if options.dry_run:
             print(describe(plan))
             return 0
-        conversion = conversion_to_hf(export, plan, verify=options.verify)
+        conversion = conversion_to_hf(
+            export,
+            plan,
+            verify=options.verify or options.verify_logits,
+            logits=True if options.verify_logits else None,
+        )
         found = carry_out(conversion, resume=options.resume, progress=ConversionProgress())
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
@@ -99,15 +103,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compare every tensor with the source, bit for bit, and the logits of a small model",
     )
+    parser.add_argument(
+        "--verify-logits",
+        action="store_true",
+        help="as --verify, and compare logits whatever the size of the model",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument(
         "--resume", action="store_true", help="go on with a conversion that was stopped"
-    )
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="load the common.pt of a foreign checkpoint without restrictions: a pickle can run "
-        "any program as you; only for files whose author you trust",
     )
     return parser
 

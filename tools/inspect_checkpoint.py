@@ -31,9 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--sha256", action="store_true", help="read and digest every tensor; lists each layer's"
     )
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="unpickle the common.pt of a foreign checkpoint to show it: that can run any program "
+        "as you; only for files whose author you trust",
+    )
     options = parser.parse_args(arguments)
     try:
-        report = inspect_checkpoint(options.checkpoint, sha256=options.sha256)
+        report = inspect_checkpoint(
+            options.checkpoint, sha256=options.sha256, trust_pickle=options.trust_pickle
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,6 +62,9 @@ def describe(report: Inspection) -> list[str]:
         known = [key for key in _MANIFEST_KEYS if key in report.manifest]
         facts = (f"{key.replace('_', ' ')} {report.manifest[key]}" for key in known)
         lines.append(f"conversion.json  {', '.join(facts)}")
+    if report.common is not None:
+        values = (f"{name} {_shortened(value)}" for name, value in report.common.items())
+        lines.append(f"common.pt        {', '.join(values)}")
     lines.append("files")
     width = max((len(file.name) for file in report.files), default=0)
     lines += [f"  {f.name:<{width}}  {f.num_bytes:>15,} bytes  {f.holds}" for f in report.files]
@@ -61,6 +72,10 @@ def describe(report: Inspection) -> list[str]:
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"broken: {problem}" for problem in report.problems]
     return lines
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _model_lines(report: Inspection) -> list[str]:

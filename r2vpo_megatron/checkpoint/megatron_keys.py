@@ -88,21 +88,18 @@ class MegatronCheckpoint:
         unmapped: keys that look like weights of a model but have no place in this one.
     """
 
-    def __init__(
-        self, folder: str | Path, *, spec: ModelSpec | None = None, trust_pickle: bool = False
-    ) -> None:
+    def __init__(self, folder: str | Path, *, spec: ModelSpec | None = None) -> None:
         """Find every tensor and check that it is there in its shape.
 
         Args:
             folder: holds .metadata.
             spec: of the model; None reads `folder`/hf/config.json.
-            trust_pickle: see TorchDistReader.
 
         Raises:
             ValueError: the folder is broken, or listing what is missing or of the wrong shape.
         """
         self.folder = Path(folder)
-        self._reader = TorchDistReader(folder, trust_pickle=trust_pickle)
+        self._reader = TorchDistReader(folder)
         self.spec = spec if spec is not None else _companion_spec(self.folder)
         self._sources: dict[str, _Source] = {}
         used = self._map()

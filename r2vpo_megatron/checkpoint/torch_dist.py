@@ -200,8 +200,8 @@ class TorchDistReader:
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"{path}: cannot be read as plain values ({reason}); trust_pickle reads it all "
-                "the same and runs what code it holds"
+                f"{path}: cannot be read as plain values ({reason}); trusted as "
+                "a pickle it can be, and may run any code"
             ) from error
         if not isinstance(state, dict):
             raise ValueError(f"{path}: must hold a dictionary")

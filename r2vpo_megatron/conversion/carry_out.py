@@ -65,8 +65,9 @@ def carry_out(conversion: Conversion, *, resume: bool, progress: ConversionProgr
             for entry in plan.tensors
         }
         _write_manifest(folder.folder, plan, entries)
+        folder.wait()
+        seconds = progress.now() - started
         if conversion.verify is not None:
-            folder.wait()
             compared = sum(entry.nbytes for entry in plan.tensors)
             verification = conversion.verify(folder.folder, progress.stage("verifying", compared))
             entries |= {tensor.name: tensor.manifest() for tensor in verification.tensors}
@@ -77,7 +78,7 @@ def carry_out(conversion: Conversion, *, resume: bool, progress: ConversionProgr
     resumed = f" ({known:,} bytes were there)" if known else ""
     files = f"{len(plan.files)} {'file' if len(plan.files) == 1 else 'files'} of weights"
     progress.done(
-        f"wrote {plan.output}: {files}{resumed}", max(0, plan.output_bytes - known), started
+        f"wrote {plan.output}: {files}{resumed}", max(0, plan.output_bytes - known), seconds
     )
     return found
 

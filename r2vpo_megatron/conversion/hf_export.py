@@ -39,7 +39,6 @@ class HfExport:
         as_llama: write a config that serves the same weights as LlamaForCausalLM.
         max_shard_bytes: of tensors in a file, where no reference says otherwise.
         dtype: "keep", "bfloat16" or "float32".
-        trust_pickle: read common.pt of a foreign checkpoint, which can run code.
     """
 
     megatron_folder: Path
@@ -48,7 +47,6 @@ class HfExport:
     as_llama: bool = False
     max_shard_bytes: int = _MAX_SHARD_BYTES
     dtype: str = "keep"
-    trust_pickle: bool = False
 
     @property
     def checkpoint(self) -> Path:
@@ -130,9 +128,7 @@ def opened_export(export: HfExport) -> Iterator[OpenedExport]:
     spec = read_model_spec(companions)
     _check_same_model(export, spec)
     with ExitStack() as stack:
-        view = stack.enter_context(
-            MegatronCheckpoint(export.checkpoint, spec=spec, trust_pickle=export.trust_pickle)
-        )
+        view = stack.enter_context(MegatronCheckpoint(export.checkpoint, spec=spec))
         if view.unmapped:
             raise ValueError(
                 f"checkpoint {export.checkpoint} does not fit {companions / 'config.json'}: "

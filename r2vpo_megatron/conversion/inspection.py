@@ -65,6 +65,7 @@ class Inspection:
     tensor_parallel: int | None = None  # of the ranks that saved a torch_dist folder
     stored_vocabulary: int | None = None  # rows of the embedding, with padding
     optimizer_state: bool = False
+    common: dict[str, str] | None = None  # common.pt's values, as text
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -76,13 +77,16 @@ class Inspection:
         }
 
 
-def inspect_checkpoint(folder: str | Path, *, sha256: bool = False) -> Inspection:
+def inspect_checkpoint(
+    folder: str | Path, *, sha256: bool = False, trust_pickle: bool = False
+) -> Inspection:
     """Report what `folder` holds; a broken checkpoint is reported, not refused.
 
     Args:
         folder: a Hugging Face folder, a torch_dist folder, or the parent that Megatron-LM makes
             around one (the iteration that its text file names is taken).
         sha256: read every tensor and digest it.
+        trust_pickle: unpickle a foreign common.pt, which may run any code.
 
     Raises:
         ValueError: not a folder, or nothing in it is known.
@@ -90,7 +94,7 @@ def inspect_checkpoint(folder: str | Path, *, sha256: bool = False) -> Inspectio
     given = Path(folder)
     path = checkpoint_folder(given)
     if _is_torch_dist(path):
-        report = _inspect_torch_dist(path, given, sha256)
+        report = _inspect_torch_dist(path, given, sha256, trust_pickle)
     elif (path / "config.json").is_file() or any(path.glob("*.safetensors*")):
         report = _inspect_hugging_face(path, sha256)
     else:
@@ -161,11 +165,11 @@ def _list_whole_files(report: Inspection, folder: Path) -> None:
         _compare_with_config(report, report.spec)
 
 
-def _inspect_torch_dist(folder: Path, given: Path, sha256: bool) -> Inspection:
+def _inspect_torch_dist(folder: Path, given: Path, sha256: bool, trust_pickle: bool) -> Inspection:
     """`given` is the folder itself or Megatron-LM's around it, which may hold hf/ for all."""
     report = Inspection(str(folder), TORCH_DIST)
     try:
-        reader = TorchDistReader(folder)
+        reader = TorchDistReader(folder, trust_pickle=trust_pickle)
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
         sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp")}
@@ -175,6 +179,10 @@ def _inspect_torch_dist(folder: Path, given: Path, sha256: bool) -> Inspection:
         stored = {_unwrapped(key): tensor for key, tensor in reader.tensors.items()}
         report.optimizer_state = any(_part_of(key) == "optimizer" for key in stored)
         _check_chunks(report, reader)
+        try:
+            report.common = {name: str(value) for name, value in reader.common().items()}
+        except ValueError as error:  # weights do not need it
+            report.notes.append(str(error))
         report.files = _distcp_files(folder, stored)
         if _EMBEDDING_KEY in stored:
             report.stored_vocabulary = stored[_EMBEDDING_KEY].shape[0]

@@ -78,16 +78,15 @@ class ConversionProgress:
         if self._bars is not None:
             self._bars.console.print(text, markup=False)
 
-    def done(self, what: str, num_bytes: int, started_seconds: float) -> None:
+    def done(self, what: str, num_bytes: int, seconds: float) -> None:
         """Say what was written, where, and how fast.
 
         Args:
             what: "wrote FOLDER: 12 files".
             num_bytes: that this run wrote.
-            started_seconds: of the clock, when it began to.
+            seconds: that writing took.
         """
-        seconds = max(self._clock() - started_seconds, 1e-9)
-        rate = num_bytes / seconds / 1e9
+        rate = num_bytes / max(seconds, 1e-9) / 1e9
         line = f"{what}, {human_bytes(num_bytes)} in {seconds:.1f} s, {rate:.2f} GB/s"
         if self._bars is None:
             print(line, file=self._stream, flush=True)

@@ -24,7 +24,7 @@ def test_recipe_is_valid_and_named_after_its_objective(name: str) -> None:
     config.validate()
     assert config.algorithm.objective in OBJECTIVES
     assert name.startswith(config.algorithm.objective + "_o")
-    assert config.updates_per_iteration == 4
+    assert config.updates_per_iteration == (2 if name.endswith("_dual") else 4)
 
 
 @pytest.mark.parametrize("regime", ["on_policy", "off_policy"])
