@@ -16,7 +16,7 @@ from r2vpo_megatron.conversion.progress import human_bytes
 from r2vpo_megatron.models import ARCHITECTURES
 from r2vpo_megatron.models.spec import ModelSpec
 
-BLOCK_BYTES = 64 * 2**20  # of a tensor, read and written at once
+BLOCK_BYTES = 32 * 2**20  # of a tensor, read and written at once
 ASSUMED_BYTES_PER_SECOND = 500e6
 
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
