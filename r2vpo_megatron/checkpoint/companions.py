@@ -13,7 +13,10 @@ from typing import Any
 from r2vpo_megatron.models.spec import ModelSpec
 
 # Configs and vocabularies; tokenizers of other kinds; chat templates; remote code.
-_SUFFIXES = frozenset({".json", ".txt", ".model", ".tiktoken", ".jinja", ".py"})
+_SUFFIXES = frozenset(
+    {".json", ".txt", ".yaml", ".yml", ".jinja", ".py"}
+    | {".model", ".tiktoken", ".bpe", ".vocab", ".tokens"}
+)
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 )
@@ -64,19 +67,50 @@ def copy_companions(source: str | Path, target: str | Path) -> CopiedCompanions:
         OSError: a file cannot be read or written.
     """
     source, target = Path(source), Path(target)
+    companions = list_companions(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in companions.copied:
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return companions
+
+
+def list_companions(source: str | Path) -> CopiedCompanions:
+    """What copy_companions would do; nothing is written.
+
+    Raises:
+        ValueError: source is not a folder.
+    """
+    source = Path(source)
     if not source.is_dir():
         raise ValueError(f"model folder {source}: does not exist or is not a folder")
-    target.mkdir(parents=True, exist_ok=True)
     copied, left_out = [], []
     for path in _candidates(source):
         name = path.relative_to(source).as_posix()
-        if not _is_companion(path):
+        if _is_companion(path):
+            copied.append(name)
+        else:
             left_out.append(f"{name}/" if path.is_dir() else name)
-            continue
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target / name)
-        copied.append(name)
     return CopiedCompanions(tuple(copied), tuple(left_out))
+
+
+def not_copied(source: str | Path) -> tuple[str, ...]:
+    """What of a model folder a conversion leaves behind, for a person to read.
+
+    Returns:
+        What copy_companions leaves out, less what nobody misses: hidden files, safetensors and
+        their index, whose tensors a conversion writes itself, and conversion.json.
+
+    Raises:
+        ValueError: source is not a folder.
+    """
+    return tuple(
+        name
+        for name in list_companions(source).left_out
+        if not Path(name).name.startswith(".")
+        and not name.endswith((".safetensors", ".safetensors.index.json"))
+        and name != "conversion.json"
+    )
 
 
 def _candidates(source: Path) -> list[Path]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from r2vpo_megatron.checkpoint.companions import copy_companions, state_dtype
+from r2vpo_megatron.checkpoint.durable import synchronize, synchronize_one
 from r2vpo_megatron.checkpoint.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -30,6 +31,7 @@ from r2vpo_megatron.checkpoint.safetensors_stream import (
     shard_names,
     tensor_bytes,
 )
+from r2vpo_megatron.checkpoint.tensor_check import abbreviated
 from r2vpo_megatron.models.architecture import HfNames
 
 _BLOCK_BYTES = 8 * 1024**2  # of whole rows, read at a time where columns are wanted
@@ -61,7 +63,8 @@ class CheckpointReader:
 
         Raises:
             ValueError: no safetensors file; an index or header that is broken, does not fit the
-                file or leaves the folder; a tensor in two files. Names the file and the fault.
+                file or leaves the folder; a tensor in two files or not in the index; a single
+                file beside an index of others. Names the file and the fault.
         """
         self.folder = Path(model_dir)
         self._files: dict[str, _OpenFile] = {}
@@ -71,6 +74,11 @@ class CheckpointReader:
             index = self.folder / INDEX_FILE
             if index.is_file():
                 weight_map, self.index_metadata = read_index(index)
+                if SINGLE_FILE not in weight_map.values() and (self.folder / SINGLE_FILE).is_file():
+                    raise ValueError(
+                        f"{index}: does not name {SINGLE_FILE} beside it, which other loaders "
+                        "take instead; remove the one that is not the model"
+                    )
                 self._open_all(sorted(set(weight_map.values())))
                 self._check_index(index, weight_map)
             elif (self.folder / SINGLE_FILE).is_file():
@@ -111,6 +119,10 @@ class CheckpointReader:
                     f"{index}: says that tensor {name!r} is in {file}; "
                     f"it is in {self._tensors[name].file}"
                 )
+        for file, opened in self._files.items():
+            unnamed = [entry.name for entry in opened.entries if entry.name not in weight_map]
+            if unnamed:
+                raise ValueError(f"{index}: does not name all of {file}: {abbreviated(unnamed)}")
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -227,11 +239,11 @@ def save_hf_checkpoint(
 ) -> None:
     """Write a Hugging Face checkpoint folder; it appears whole or not at all.
 
-    Config, tokenizer, chat template and what else copy_companions takes are the reference's,
-    unchanged,
-    except that config.json states the dtype of `tensors` if their floating-point ones share one.
-    Tensors of the reference with an ignored suffix, which the stream lacks since they are not
-    learned, are copied, so that the folder has exactly the reference's tensors.
+    It is on the disk before it has its name. Config, tokenizer, chat template and what else
+    copy_companions takes are the reference's, unchanged, except that config.json states the dtype
+    of `tensors` if their floating-point ones share one. Tensors of the reference with an ignored
+    suffix, which the stream lacks since they are not learned, are copied, so that the folder has
+    exactly the reference's tensors.
 
     Args:
         tensors: (name, tensor) pairs; one shard of them is held in memory at a time.
@@ -258,12 +270,14 @@ def save_hf_checkpoint(
         if len(dtypes) == 1:
             state_dtype(temporary / "config.json", str(dtypes.pop()).removeprefix("torch."))
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        synchronize(temporary)
         if output.exists():
             output.rmdir()
         os.replace(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    synchronize_one(output.absolute().parent)
 
 
 def _umask() -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -197,7 +196,7 @@ class TorchDistReader:
             raise ValueError(f"{path}: is missing")
         try:
             state = torch.load(path, map_location="cpu", weights_only=not self._trust_pickle)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # changed bytes make the unpickler raise errors of any kind
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"{path}: cannot be read as plain values ({reason}); trusted as "
@@ -209,8 +208,19 @@ class TorchDistReader:
 
 
 def is_torch_dist(folder: str | Path) -> bool:
-    """Whether the folder looks like a torch_dist checkpoint, whole or broken."""
-    return any((Path(folder) / name).is_file() for name in (METADATA_FILE, _CONFIG_FILE))
+    """Whether a folder is a torch_dist checkpoint, whole or broken.
+
+    It is with .metadata, a *.distcp, or a metadata.json that names a sharded_backend: other
+    programs have files of that name, too.
+    """
+    folder = Path(folder)
+    if (folder / METADATA_FILE).is_file() or any(folder.glob("*.distcp")):
+        return True
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "sharded_backend" in config
 
 
 def write_metadata(

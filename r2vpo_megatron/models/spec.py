@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def read_model_spec(model_dir: str | Path) -> ModelSpec:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of encoding, syntax, long numbers, depth
         raise ValueError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: must hold a JSON object")
@@ -146,9 +147,19 @@ class _Config:
         value = (self.raw if source is None else source).get(key)
         if value is None:
             raise ValueError(f"{self.path}: key {key!r} is missing; it must be a positive number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{self.path}: {key} = {value!r}: must be a positive number")
+        if not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{self.path}: {key} = {value!r}: must be a positive number, finite")
         return float(value)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self.raw.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path}: {key} = {value!r}: must be an object or null")
+        return value
 
     def architecture(self) -> str:
         model_type = self.raw.get("model_type")
@@ -160,8 +171,8 @@ class _Config:
 
     def rope_theta(self) -> float:
         """Base of the rotary frequencies, from `rope_theta` or transformers 5's parameters."""
-        scaling = self.raw.get("rope_scaling") or {}
-        parameters = self.raw.get("rope_parameters") or {}
+        scaling = self.mapping("rope_scaling")
+        parameters = self.mapping("rope_parameters")
         for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
             kind = value.get("rope_type", value.get("type", "default"))
             if kind != "default":

@@ -11,7 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from r2vpo_megatron.checkpoint.companions import copy_companions, llama_config, state_dtype
+from r2vpo_megatron.checkpoint.companions import (
+    copy_companions,
+    list_companions,
+    llama_config,
+    not_copied,
+    state_dtype,
+)
 from r2vpo_megatron.models.pangu_hf import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
 from r2vpo_megatron.models.spec import read_model_spec
 
@@ -21,13 +27,18 @@ COPIED = (
     "Open Source Software Notice",
     "README_EN.md",
     "added_tokens.json",
+    "bpe.codes.bpe",
     "chat_template.jinja",
     "chat_templates/tool_use.jinja",
     "config.json",
     "generation_config.json",
     "merges.txt",
+    "model_args.yaml",
     "modeling_openpangu_dense.py",
+    "prompt.yml",
     "qwen.tiktoken",
+    "sentencepiece.vocab",
+    "special.tokens",
     "tokenizer.json",
     "tokenizer.model",
 )
@@ -67,6 +78,20 @@ def test_companions_are_copied_and_the_rest_is_named(tmp_path: Path) -> None:
     for name in COPIED:
         assert (target / name).read_bytes() == (source / name).read_bytes()
     assert copy_companions(source, target) == done  # as when a conversion goes on
+
+
+def test_what_is_left_behind_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    fill(source, (*COPIED, *LEFT_OUT, "original/params.json", "remote/modeling.py"))
+    before = sorted(tmp_path.rglob("*"))
+    told = not_copied(source)
+    assert list_companions(source) == copy_companions(source, tmp_path / "target")
+    silent = {name for name in LEFT_OUT if "/." in f"/{name}" or "safetensors" in name}
+    assert set(told) == {*LEFT_OUT, "original/", "remote/"} - silent - {"conversion.json"}
+    assert {"logo.png", "optimizer.pt", "pytorch_model.bin.index.json"} < set(told)
+    assert sorted((tmp_path / "source").rglob("*")) == before[1:]
+    with pytest.raises(ValueError, match=f"model folder {tmp_path}/gone: does not exist"):
+        not_copied(tmp_path / "gone")
 
 
 def test_links_are_followed_to_regular_files_only(tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ def test_rope_theta_is_read_from_either_spelling(tmp_path: Path) -> None:
         (QWEN_1P5B | {"num_hidden_layers": "28"}, "num_hidden_layers = '28': must be a positive"),
         (QWEN_1P5B | {"rope_theta": None}, "key 'rope_theta' is missing"),
         (QWEN_1P5B | {"rms_norm_eps": 0}, "rms_norm_eps = 0: must be a positive number"),
+        (QWEN_1P5B | {"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: must be a positive"),
+        (QWEN_1P5B | {"rope_theta": float("inf")}, "rope_theta = inf: must be a positive number"),
+        (QWEN_1P5B | {"rope_theta": 10**400}, "0: must be a positive number, finite"),
+        (QWEN_1P5B | {"rope_scaling": "yarn"}, "rope_scaling = 'yarn': must be an object or null"),
+        (QWEN_1P5B | {"rope_scaling": []}, "rope_scaling = []: must be an object or null"),
+        (SMOLLM2_135M | {"rope_parameters": [1.0]}, "rope_parameters = [1.0]: must be an object"),
         (QWEN_1P5B | {"use_sliding_window": True}, "use_sliding_window = True: only False"),
         (QWEN_1P5B | {"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
         (SMOLLM2_135M | {"mlp_bias": True}, "mlp_bias = True: only False"),
@@ -176,6 +182,10 @@ def test_missing_folder_and_file_and_broken_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: is not valid JSON"):
         read_model_spec(tmp_path)
+    for text in (b"[" * 100_000, b'{"a": "\xff"}', b'{"a": ' + b"9" * 5000 + b"}"):
+        (tmp_path / "config.json").write_bytes(text)
+        with pytest.raises(ValueError, match=f"{tmp_path}/config.json: is not valid JSON"):
+            read_model_spec(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):
         read_model_spec(tmp_path)

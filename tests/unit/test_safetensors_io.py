@@ -19,7 +19,7 @@ from torch import Tensor
 
 from r2vpo_megatron.checkpoint import safetensors_io
 from r2vpo_megatron.checkpoint.safetensors_header import DTYPES
-from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
+from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader, save_hf_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -241,6 +241,54 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match="y.safetensors: tensor 'a' is in x.safetensors as well"):
         CheckpointReader(tmp_path)
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1)}, tmp_path / "x.part")
+    (tmp_path / "x.part").rename(tmp_path / "x.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "x.safetensors"}}))
+    message = f"{tmp_path}/{INDEX}: does not name all of x.safetensors: a, c$"
+    with pytest.raises(ValueError, match=message):
+        CheckpointReader(tmp_path)
+
+
+def test_a_single_file_beside_an_index_of_others_is_refused(tmp_path: Path) -> None:
+    # transformers would load the single file.
+    sharded(tmp_path, {"x.safetensors": {"a": torch.ones(1)}})
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    message = f"{tmp_path}/{INDEX}: does not name model.safetensors beside it"
+    with pytest.raises(ValueError, match=message):
+        CheckpointReader(tmp_path)
+    sharded(tmp_path, {"model.safetensors": {"a": torch.zeros(1)}})  # names it: the same model
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.tensor("a").tolist() == [0.0]
+
+
+def test_a_saved_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, output = tmp_path / "reference", tmp_path / "out"
+    (reference / "chat_templates").mkdir(parents=True)
+    (reference / "config.json").write_text("{}")
+    (reference / "chat_templates" / "tool.jinja").write_text("x")
+    synchronized: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synchronized[output.exists()].add((status.st_ino, status.st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    tensors = [(name, torch.ones(4)) for name in "ab"]
+    save_hf_checkpoint(tensors, output, reference, max_shard_bytes=16)
+    written = {str(path.relative_to(output)): path.stat() for path in output.rglob("*")}
+    assert {"model-00002-of-00002.safetensors", INDEX, "config.json", "chat_templates"} < set(
+        written
+    )
+    for name, status in {**written, ".": output.stat()}.items():
+        assert (status.st_ino, status.st_size) in synchronized[False], name
+    assert {inode for inode, _ in synchronized[True]} == {tmp_path.stat().st_ino}
 
 
 json_values = st.recursive(

@@ -301,6 +301,41 @@ def test_a_broken_common_is_refused(data: bytes, folder: Path) -> None:
         TorchDistReader(folder).common()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_common_with_a_changed_byte_is_read_or_refused(folder: Path) -> None:
+    path = folder / "common.pt"
+    data = path.read_bytes()
+    start = data.index(b"\x80\x02}")  # the pickle within the archive
+    for position in range(start, data.index(b".", start) + 1):
+        for value in (0x00, 0x2E, 0x30, 0x52, 0x68, 0x75, 0xFF):
+            path.write_bytes(data[:position] + bytes([value]) + data[position + 1 :])
+            try:
+                TorchDistReader(folder).common()
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (".metadata", b"", True),
+        ("__0_0.distcp", b"", True),
+        ("metadata.json", b'{"sharded_backend": "zarr"}', True),
+        ("metadata.json", b'{"author": "someone"}', False),
+        ("metadata.json", b'["sharded_backend"]', False),
+        ("metadata.json", b"{", False),
+        ("metadata.json", b"\xff", False),
+        ("metadata.json", b"[" * 100_000, False),
+        ("model.safetensors", b"", False),
+    ],
+)
+def test_other_programs_have_a_metadata_json_too(
+    name: str, content: bytes, expected: bool, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert is_torch_dist(tmp_path) is expected
+
+
 def test_the_folder_says_what_it_is(folder: Path, tmp_path: Path) -> None:
     config = folder / "metadata.json"
     assert json.loads(config.read_text()) == {
