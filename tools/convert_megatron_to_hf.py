@@ -58,10 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
 def size_in_bytes(text: str) -> int:
     """Bytes of "5GB" (powers of 1000), "5GiB" (powers of 1024) or "5000000000"."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match[1]) == 0:
+    num_bytes = 0
+    if match is not None:
+        base = 1024 if match[3] else 1000
+        num_bytes = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if num_bytes < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 5GB, 512MiB or 1000000")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    return num_bytes
 
 
 def _parser() -> argparse.ArgumentParser:

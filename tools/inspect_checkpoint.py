@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -45,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        print(json.dumps(report.as_json(), indent=2))
-    else:
-        print("\n".join(describe(report)))
+    text = json.dumps(report.as_json(), indent=2) if options.json else "\n".join(describe(report))
+    try:
+        # Paths in conversion.json may be no Unicode.
+        print(text.encode(errors="backslashreplace").decode(), flush=True)
+    except BrokenPipeError:  # `| head` has read enough; what is buffered must go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if report.problems else 0
 
 

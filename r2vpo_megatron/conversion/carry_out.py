@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2vpo_megatron.checkpoint.companions import list_companions
 from r2vpo_megatron.checkpoint.tensor_check import dtype_name
-from r2vpo_megatron.conversion.journal import JournaledFolder, Written, check_free
-from r2vpo_megatron.conversion.plan import ConversionPlan
+from r2vpo_megatron.conversion.folder_lock import check_free, journal_aside
+from r2vpo_megatron.conversion.journal import Advance, JournaledFolder, Written
+from r2vpo_megatron.conversion.plan import ConversionPlan, check_unchanged
 from r2vpo_megatron.conversion.progress import ConversionProgress
 from r2vpo_megatron.conversion.verify import Verification
 
 MANIFEST = "conversion.json"
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Conversion:
     """What carrying a plan out takes besides the plan."""
 
     plan: ConversionPlan
-    job: Mapping[str, Any]  # all that determines the bytes, in JSON's types
+    # All that determines the bytes, in JSON's types. Fingerprints: "files" of the folder "source"
+    # and, where there is a second folder, "reference_files" of "reference".
+    job: Mapping[str, Any]
     # Writes all pieces and companions, telling of the bytes that are done.
     fill: Callable[[JournaledFolder, Advance], None]
     # Compares the finished folder with the source.
@@ -43,36 +46,42 @@ def carry_out(conversion: Conversion, *, resume: bool, progress: ConversionProgr
         progress: told of every piece.
 
     Returns:
-        What the verification found, empty without one.
+        What the verification found, empty without one; or that the output is complete already.
 
     Raises:
-        ValueError: the output is in use, or the sides differ; nothing that was there is touched.
+        ValueError: the output is in use, the sides differ, or a file that was read has changed
+            meanwhile; nothing that was there is touched.
         OSError: the disk is full or failed; says how to go on.
     """
     plan = conversion.plan
-    journal = JournaledFolder(plan.output, conversion.job, resume=resume)
+    if resume and _is_complete(conversion):
+        return _of_complete(conversion, progress)
+    journal = JournaledFolder(plan.output, conversion.job, resume=resume, stage=progress.stage)
     check_free(journal.output)
-    check_space(journal.folder, plan.output_bytes)
+    check_space(journal.folder, plan.output_bytes + _companion_bytes(conversion.job))
     started = progress.now()
     found = ""
     with progress, journal as folder:
         for note in folder.notes:
             progress.message(note)
         advance = progress.stage("converting", plan.output_bytes)
-        conversion.fill(folder, advance)
         entries = {
             entry.name: {"shape": list(entry.shape), "dtype": dtype_name(entry.dtype)}
             for entry in plan.tensors
         }
-        _write_manifest(folder.folder, plan, entries)
+        with folder.explaining():
+            conversion.fill(folder, advance)
+            _write_manifest(folder.folder, conversion, entries)
         folder.wait()
         seconds = progress.now() - started
         if conversion.verify is not None:
             compared = sum(entry.nbytes for entry in plan.tensors)
             verification = conversion.verify(folder.folder, progress.stage("verifying", compared))
             entries |= {tensor.name: tensor.manifest() for tensor in verification.tensors}
-            _write_manifest(folder.folder, plan, entries)
+            with folder.explaining():
+                _write_manifest(folder.folder, conversion, entries)
             found = verification.describe()
+        check_unchanged(conversion.job, folder.folder)
         folder.finish()
     known = folder.num_known_bytes
     resumed = f" ({known:,} bytes were there)" if known else ""
@@ -115,16 +124,50 @@ def check_space(partial: Path, needed_bytes: int) -> None:
         )
 
 
+def _is_complete(conversion: Conversion) -> bool:
+    """Whether the output is there, and by its manifest of this very job."""
+    try:
+        manifest = json.loads((conversion.plan.output / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("job_sha256") == _digest(conversion.job)
+
+
+def _of_complete(conversion: Conversion, progress: ConversionProgress) -> str:
+    """What there is to say of an output that is complete; it is verified if that is asked for."""
+    plan = conversion.plan
+    journal_aside(plan.output.absolute()).unlink(missing_ok=True)
+    text = f"{plan.output}: already complete"
+    if conversion.verify is None:
+        return text
+    with progress:
+        compared = sum(entry.nbytes for entry in plan.tensors)
+        verification = conversion.verify(plan.output, progress.stage("verifying", compared))
+    return f"{text}; {verification.describe()}"
+
+
+def _companion_bytes(job: Mapping[str, Any]) -> int:
+    """Of the files that are copied beside the weights."""
+    folder = Path(job.get("reference", job["source"]))
+    return sum((folder / name).stat().st_size for name in list_companions(folder).copied)
+
+
+def _digest(job: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
 def _write_manifest(
-    folder: Path, plan: ConversionPlan, tensors: Mapping[str, Mapping[str, Any]]
+    folder: Path, conversion: Conversion, tensors: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Record what was converted, and each tensor as Hugging Face names it."""
+    plan = conversion.plan
     manifest: dict[str, Any] = {
         "source": str(plan.source.resolve()),
         "direction": plan.direction,
         "architecture": plan.spec.architecture,
         "parameters": plan.spec.num_parameters,
         "dtype": plan.dtype,
+        "job_sha256": _digest(conversion.job),
     }
     if plan.layout:
         manifest |= {
@@ -135,5 +178,5 @@ def _write_manifest(
         }
     manifest["not_written"] = [entry.name for entry in plan.dropped]
     manifest["tensors"] = tensors
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(manifest, indent=1) + "\n"  # in ASCII: a path need not be valid UTF-8
     (folder / MANIFEST).write_text(text, encoding="utf-8")

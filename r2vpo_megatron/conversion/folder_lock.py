@@ -1,4 +1,4 @@
-"""A lock between processes: a file that its owner removes at the end."""
+"""Who may write an output folder: whether its place is free, and a lock between processes."""
 
 from __future__ import annotations
 
@@ -36,3 +36,24 @@ def take_lock(path: Path) -> int | None:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def check_free(output: Path) -> None:
+    """Raise ValueError unless the output folder is missing or empty, and no mount point."""
+    if os.path.ismount(output):
+        raise ValueError(
+            f"output folder {output}: is a mount point, and a finished folder cannot take its "
+            "place; name a folder inside it"
+        )
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise ValueError(f"output folder {output}: exists and is not empty; name a new one")
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the files of an output folder are until all are written."""
+    return output.with_name(f".{output.name}.converting")
+
+
+def journal_aside(output: Path) -> Path:
+    """Where the journal of a folder is while the folder is given its name."""
+    return output.with_name(f".{output.name}.converting.journal")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,7 +34,8 @@ class HfExport:
 
     Attributes:
         megatron_folder: as given; the checkpoint may lie in a subfolder that Megatron-LM names in
-            latest_checkpointed_iteration.txt.
+            latest_checkpointed_iteration.txt, which is read once: a run may go on and save while
+            an earlier iteration is exported.
         output: folder to make.
         hf_reference: checkpoint (or its config alone) whose config, companions, sharding and
             computed buffers are taken; None for the companions in the Megatron folder.
@@ -48,12 +51,16 @@ class HfExport:
     max_shard_bytes: int = _MAX_SHARD_BYTES
     dtype: str = "keep"
 
-    @property
+    @cached_property
     def checkpoint(self) -> Path:
-        """The folder that holds .metadata."""
+        """The folder that holds .metadata, as it was found at first.
+
+        Raises:
+            ValueError: there is none.
+        """
         return checkpoint_folder(self.megatron_folder)
 
-    @property
+    @cached_property
     def companions(self) -> Path:
         """The folder that holds config.json and tokenizer.
 
@@ -185,4 +192,14 @@ def _check_same_model(export: HfExport, spec: ModelSpec) -> None:
 
 
 def _has_weights(folder: Path) -> bool:
-    return (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file()
+    """Whether there is a file of weights; an index alone, beside a config, is none."""
+    if (folder / SINGLE_FILE).is_file():
+        return True
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return False
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return any((folder / name).is_file() for name in set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return True  # a broken index: its reader says how

@@ -17,7 +17,7 @@ from r2vpo_megatron.checkpoint.megatron_keys import MegatronCheckpoint
 from r2vpo_megatron.checkpoint.safetensors_header import read_header
 from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
 from r2vpo_megatron.checkpoint.tensor_check import expected_tensors
-from r2vpo_megatron.checkpoint.torch_dist import StoredTensor, TorchDistReader
+from r2vpo_megatron.checkpoint.torch_dist import StoredTensor, TorchDistReader, is_torch_dist
 from r2vpo_megatron.conversion.hf_export import checkpoint_folder
 from r2vpo_megatron.conversion.verify import TensorReader, dtype_name, tensor_sha256
 from r2vpo_megatron.models import ARCHITECTURES
@@ -93,7 +93,7 @@ def inspect_checkpoint(
     """
     given = Path(folder)
     path = checkpoint_folder(given)
-    if _is_torch_dist(path):
+    if is_torch_dist(path):
         report = _inspect_torch_dist(path, given, sha256, trust_pickle)
     elif (path / "config.json").is_file() or any(path.glob("*.safetensors*")):
         report = _inspect_hugging_face(path, sha256)
@@ -104,12 +104,6 @@ def inspect_checkpoint(
         )
     _read_manifest(report, path)
     return report
-
-
-def _is_torch_dist(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (".metadata", "metadata.json")) or any(
-        folder.glob("*.distcp")
-    )
 
 
 def _inspect_hugging_face(folder: Path, sha256: bool) -> Inspection:
@@ -181,7 +175,7 @@ def _inspect_torch_dist(folder: Path, given: Path, sha256: bool, trust_pickle: b
         _check_chunks(report, reader)
         try:
             report.common = {name: str(value) for name, value in reader.common().items()}
-        except ValueError as error:  # weights do not need it
+        except (ValueError, OSError) as error:  # weights do not need it
             report.notes.append(str(error))
         report.files = _distcp_files(folder, stored)
         if _EMBEDDING_KEY in stored:
@@ -221,7 +215,12 @@ def _list_tensors(report: Inspection, reader: TensorReader, sha256: bool) -> Non
     for name in reader.names():
         shape, dtype = reader.shape(name), reader.dtype(name)
         num_bytes = math.prod(shape) * dtype.itemsize
-        digest = tensor_sha256(reader, name) if sha256 else None
+        digest = None
+        if sha256:
+            try:
+                digest = tensor_sha256(reader, name)
+            except (ValueError, OSError) as error:
+                report.problems.append(f"{name}: cannot be read ({error})")
         report.tensors.append(InspectedTensor(name, shape, dtype_name(dtype), num_bytes, digest))
 
 
@@ -259,7 +258,7 @@ def _read_manifest(report: Inspection, folder: Path) -> None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         entries = manifest.pop("tensors", {})
         stated = {name: entry.get("sha256") for name, entry in entries.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
         report.problems.append(f"{path}: is not a manifest ({error})")
         return
     report.manifest = manifest

@@ -2,7 +2,7 @@
 
 The pieces go to a hidden folder beside the output, and a journal in it says which are there. A
 kill at any moment leaves that folder; resuming hashes its pieces again and goes on after the last
-good one. When all is written the journal goes and the folder is renamed.
+good one. When all is written the journal goes aside, the folder is renamed, the journal deleted.
 """
 
 from __future__ import annotations
@@ -12,23 +12,37 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from r2vpo_megatron.conversion.folder_lock import take_lock
+from r2vpo_megatron.checkpoint.durable import (
+    BackgroundSync,
+    synchronize,
+    synchronize_one,
+    write_all,
+)
+from r2vpo_megatron.conversion.folder_lock import (
+    check_free,
+    journal_aside,
+    partial_folder,
+    take_lock,
+)
 
 _JOURNAL = "journal.jsonl"
 _BLOCK_BYTES = 1 << 20  # hashed and written while it is in the processor's cache
 _SMALL_BYTES = 1 << 18  # of a piece that another thread would not write sooner
 _MAX_SHOWN = 100  # characters of a value in a message
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Buffer = bytes | bytearray | memoryview
 Produce = Callable[[], Iterable[Buffer]]
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,10 @@ class Written:
     position: int
     length: int
     crc32: int
+
+
+class StoppedError(OSError):
+    """The disk is full or failed; the message says what is kept and how to go on."""
 
 
 class JournaledFolder:
@@ -54,25 +72,36 @@ class JournaledFolder:
         num_known_bytes: bytes of pieces that a killed job had written.
     """
 
-    def __init__(self, output: str | Path, job: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self,
+        output: str | Path,
+        job: Mapping[str, Any],
+        *,
+        resume: bool,
+        stage: Callable[[str, int], Advance] = lambda *_: lambda _: None,
+    ) -> None:
         """Describe the job; nothing is touched before the `with` block begins.
 
         Args:
             output: the folder to make; it must not exist, or be empty. Missing parents are made.
             job: everything that determines the bytes, in JSON's types.
             resume: go on with what a killed job with this output left.
+            stage: called with a title and a number of bytes before what a killed job left is read
+                again; what it returns is called with the bytes just read.
         """
         self.output = Path(os.path.abspath(output))
-        self.folder = self.output.with_name(f".{self.output.name}.converting")
+        self.folder = partial_folder(self.output)
         self.notes: list[str] = []
         self.num_known_bytes = 0
         self._job: dict[str, Any] = json.loads(json.dumps(job))
         self._resume = resume
+        self._stage = stage
         self._known: dict[str, Written] = {}
         self._sizes: dict[str, int] = {}  # bytes of each file that belong to known pieces
         self._lock: int | None = None
         self._journal: FileIO | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._sync = BackgroundSync()
         self._pending: Future[Written] | None = None
         self._renamed = False
 
@@ -105,6 +134,7 @@ class JournaledFolder:
     ) -> None:
         """Leave what is written for a resumption, or nothing where no piece was finished."""
         self._pool.shutdown(wait=True)
+        self._sync.close()
         if self._journal is not None:
             self._journal.close()
         if not self._renamed and not self._known:
@@ -163,14 +193,36 @@ class JournaledFolder:
         """
         self.wait()
         assert self._journal is not None
-        _synchronize(self.folder)
-        check_free(self.output)
-        self._journal.close()
-        (self.folder / _JOURNAL).unlink()
-        os.rename(self.folder, self.output)
-        self._renamed = True
-        _synchronize_one(self.output.parent)
+        journal, aside = self.folder / _JOURNAL, journal_aside(self.output)
+        try:
+            self._sync.wait()
+            synchronize(self.folder)
+            check_free(self.output)
+            self._journal.close()
+            os.rename(journal, aside)
+            try:
+                synchronize_one(self.folder)
+                os.rename(self.folder, self.output)
+            except OSError:
+                with suppress(OSError):  # resuming finds it where it is, too
+                    os.rename(aside, journal)
+                raise
+            self._renamed = True
+            synchronize_one(self.output.parent)
+        except OSError as error:
+            raise self._explained(error, self.output) from error
+        aside.unlink(missing_ok=True)
         return self.output
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say of a full disk what is kept and how to go on, whatever was being written."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, StoppedError) or error.errno not in _FULL:
+                raise
+            raise self._explained(error, Path(error.filename or self.folder)) from error
 
     @property
     def _lock_path(self) -> Path:
@@ -183,12 +235,14 @@ class JournaledFolder:
             self._lock = None
 
     def _begin(self) -> None:
-        journal = self.folder / _JOURNAL
+        journal, aside = self.folder / _JOURNAL, journal_aside(self.output)
         if self.folder.exists() and not self._resume:
             raise ValueError(
                 f"{self.folder}: an earlier conversion to {self.output} stopped half-way; "
                 "go on with --resume, or delete that folder to start from nothing"
             )
+        if self.folder.is_dir() and not journal.exists() and aside.is_file():
+            os.rename(aside, journal)  # stopped while the folder was given its name
         if journal.is_file() and self._recover(journal):
             self._journal = open(journal, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
             self.notes.append(
@@ -199,6 +253,7 @@ class JournaledFolder:
             self.notes.append("there is nothing to resume: starting from nothing")
         if self.folder.exists():
             shutil.rmtree(self.folder)
+        aside.unlink(missing_ok=True)
         self.folder.mkdir()
         self._journal = open(journal, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
         self._append_line({"job": self._job})
@@ -221,9 +276,13 @@ class JournaledFolder:
                 f"{_difference(first['job'], self._job)}; give those, or delete that folder"
             )
         end = len(lines[0]) + 1
+        there = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        advance = self._stage("checking what is there", there - journal.stat().st_size)
         for line in lines[1:]:
+            known_bytes = self.num_known_bytes
             if not self._take_over(_parsed(line)):
                 break
+            advance(self.num_known_bytes - known_bytes)
             end += len(line) + 1
         os.truncate(journal, end)
         for path in sorted(self.folder.rglob("*"), reverse=True):
@@ -270,8 +329,7 @@ class JournaledFolder:
                         block = buffer[start : start + _BLOCK_BYTES]
                         checksum = zlib.crc32(block, checksum)
                         write_all(stream, block)
-                # Writing to the disk begins now, beside the work on the next piece.
-                os.posix_fadvise(stream.fileno(), position, 0, os.POSIX_FADV_DONTNEED)
+                self._sync.start(stream.fileno())
             length = sum(len(buffer) for buffer in buffers)
             written = Written(file, position, length, checksum)
             self._append_line({"piece": piece, **asdict(written)})
@@ -285,11 +343,9 @@ class JournaledFolder:
         write_all(self._journal, memoryview(json.dumps(line).encode() + b"\n"))
 
     def _explained(self, error: OSError, path: Path) -> OSError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else error.strerror or str(error)
-        number = error.errno or errno.EIO
-        return OSError(
-            number,
+        what = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+        return StoppedError(
+            error.errno or errno.EIO,
             f"{path}: {what}; {len(self._known):,} finished pieces are kept in {self.folder}: "
             "mend that and go on with --resume",
         )
@@ -299,18 +355,6 @@ class JournaledFolder:
         if not parts or parts[0] == "/" or ".." in parts or file == _JOURNAL or "\0" in file:
             raise ValueError(f"file {file!r}: must be a path inside the output folder")
         return self.folder.joinpath(*parts)
-
-
-def check_free(output: Path) -> None:
-    """Raise ValueError unless the output folder is missing or empty."""
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise ValueError(f"output folder {output}: exists and is not empty; name a new one")
-
-
-def write_all(stream: FileIO, buffer: memoryview) -> None:
-    """Write a buffer to an unbuffered stream, which may take a part of it at a time."""
-    while buffer:
-        buffer = buffer[stream.write(buffer) :]
 
 
 def _finished(written: Written) -> Future[Written]:
@@ -354,18 +398,3 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
 def _shown(value: Any) -> str:
     text = "missing" if value is None else json.dumps(value)
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
-
-
-def _synchronize(folder: Path) -> None:
-    """Bring a folder, its files and subfolders to the disk."""
-    for path in sorted(folder.rglob("*")):
-        _synchronize_one(path)
-    _synchronize_one(folder)
-
-
-def _synchronize_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,7 @@
-"""Compare logits of transformers and of Megatron, in a process of its own; see verify.py.
+r"""Compare logits of transformers and of Megatron, in a process of its own; see verify.py.
 
-python -m r2vpo_megatron.conversion.logits_check HF_FOLDER MEGATRON_FOLDER RESULT.json
+python -m r2vpo_megatron.conversion.logits_check HF_FOLDER MEGATRON_FOLDER RESULT.json \
+    [--config FOLDER]
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ import argparse
 import gc
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from r2vpo_megatron.checkpoint.megatron_keys import MegatronCheckpoint
+from r2vpo_megatron.checkpoint.megatron_keys import COMPANIONS, MegatronCheckpoint
 from r2vpo_megatron.conversion.verify import LogitsCheck
 from r2vpo_megatron.device import get_platform
 
@@ -74,8 +77,34 @@ def megatron_logits(megatron_folder: Path, token_ids_T: Tensor) -> Tensor:
     return logits
 
 
-def compare_logits(hf_folder: Path, megatron_folder: Path) -> LogitsCheck:
-    """Make both logits of a few random tokens, one model after the other."""
+@contextmanager
+def with_config(megatron_folder: Path, config_folder: Path | None) -> Iterator[Path]:
+    """A torch_dist folder that holds hf/: the one given, or one of links to it and to the config.
+
+    Args:
+        megatron_folder: torch_dist checkpoint; a training run's has no hf/.
+        config_folder: holds the model's config.json; None where the checkpoint has its own.
+    """
+    if config_folder is None or (megatron_folder / COMPANIONS / "config.json").is_file():
+        yield megatron_folder
+        return
+    with tempfile.TemporaryDirectory(prefix="logits-") as scratch:
+        for path in megatron_folder.resolve().iterdir():
+            if path.is_file():
+                (Path(scratch) / path.name).symlink_to(path)
+        (Path(scratch) / COMPANIONS).symlink_to(config_folder.resolve())
+        yield Path(scratch)
+
+
+def compare_logits(
+    hf_folder: Path, megatron_folder: Path, config_folder: Path | None = None
+) -> LogitsCheck:
+    """Make both logits of a few random tokens, one model after the other; see with_config."""
+    with with_config(megatron_folder, config_folder) as folder:
+        return _compare(hf_folder, folder)
+
+
+def _compare(hf_folder: Path, megatron_folder: Path) -> LogitsCheck:
     with MegatronCheckpoint(megatron_folder) as checkpoint:
         vocab_size = checkpoint.spec.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -95,9 +124,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare logits of a conversion's two folders.")
     for name in ("hf_folder", "megatron_folder", "result"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--config", type=Path, default=None, help="folder with config.json")
     args = parser.parse_args()
-    check = compare_logits(args.hf_folder, args.megatron_folder)
-    args.result.write_text(json.dumps(asdict(check)))
+    check = compare_logits(args.hf_folder, args.megatron_folder, args.config)
+    args.result.write_text(json.dumps(asdict(check)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 
 from r2vpo_megatron.checkpoint.safetensors_header import TensorEntry
 from r2vpo_megatron.checkpoint.tensor_check import abbreviated, dtype_name, expected_tensors
+from r2vpo_megatron.conversion.folder_lock import check_free, partial_folder
 from r2vpo_megatron.conversion.progress import human_bytes
 from r2vpo_megatron.models import ARCHITECTURES
 from r2vpo_megatron.models.spec import ModelSpec
@@ -62,6 +63,7 @@ class ConversionPlan:
     tensor_parallel: int = 1
     padded_vocab_size: int = 0  # 0: not padded
     notes: tuple[str, ...] = ()
+    source_item_bytes: int = 4  # of the widest element that is read; tells only with a cast
 
     @property
     def output_bytes(self) -> int:
@@ -71,7 +73,10 @@ class ConversionPlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Above what the interpreter and its libraries take; independent of the model's depth."""
-        return _COPIES_IN_MEMORY * self.largest_piece_bytes
+        copies: float = _COPIES_IN_MEMORY
+        if self.dtype != "keep":  # a piece as read is another copy beside the one that was cast
+            copies += self.source_item_bytes / max(entry.dtype.itemsize for entry in self.tensors)
+        return int(copies * self.largest_piece_bytes)
 
     @property
     def seconds(self) -> float:
@@ -107,13 +112,21 @@ def describe(plan: ConversionPlan) -> str:
         padded = f"{plan.padded_vocab_size:,}"
         lines.append(f"vocabulary     {spec.vocab_size:,} rows, padded to {padded}")
     lines += [
-        f"peak memory    about {human_bytes(plan.peak_memory_bytes)} above the interpreter's own",
+        f"peak memory    about {human_bytes(plan.peak_memory_bytes)} above the interpreter's own, "
+        "while converting",
         f"time           about {_duration(plan.seconds)}, if the disk takes "
         f"{human_bytes(ASSUMED_BYTES_PER_SECOND)}/s",
     ]
     lines += [f"note: {note}" for note in plan.notes]
     if not plan.tensors_checked:
         lines.append("note: the source has only a config.json: its tensors were not checked")
+    try:
+        check_free(plan.output)
+    except ValueError as error:
+        lines.append(f"note: {error}")
+    partial = partial_folder(plan.output.absolute())
+    if partial.exists():
+        lines.append(f"note: {partial} holds a conversion that stopped; --resume goes on with it")
     return "\n".join(lines)
 
 
@@ -165,6 +178,26 @@ def fingerprint(paths: Iterable[Path], folder: Path) -> dict[str, Any]:
     """Size and time of change of each file: what resuming compares."""
     stats = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(paths)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def check_unchanged(job: Mapping[str, Any], partial: Path) -> None:
+    """Check that the files of a job's fingerprints are still as they were when it began.
+
+    Args:
+        job: of a conversion.
+        partial: folder that holds what was made of them.
+
+    Raises:
+        ValueError: naming a file that changed or went.
+    """
+    for folder_key, files_key in (("source", "files"), ("reference", "reference_files")):
+        for name, before in job.get(files_key, {}).items():
+            path = Path(job[folder_key]) / name
+            if not path.exists() or fingerprint([path], path.parent)[path.name] != before:
+                raise ValueError(
+                    f"{path}: changed while it was being converted; delete {partial} and convert "
+                    "once more when nothing writes to the source"
+                )
 
 
 def _dtypes(plan: ConversionPlan) -> str:

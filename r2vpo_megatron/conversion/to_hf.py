@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from r2vpo_megatron.checkpoint.companions import copy_companions, llama_config, state_dtype
+import torch
+
+from r2vpo_megatron.checkpoint.companions import (
+    copy_companions,
+    llama_config,
+    not_copied,
+    state_dtype,
+)
 from r2vpo_megatron.checkpoint.safetensors_header import INDEX_FILE, TensorEntry
 from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
 from r2vpo_megatron.checkpoint.safetensors_stream import (
@@ -32,6 +40,8 @@ from r2vpo_megatron.conversion.plan import (
 from r2vpo_megatron.conversion.verify import (
     LOGITS_LIMIT_BYTES,
     Verification,
+    VerifiedTensor,
+    compare_tensor,
     compare_tensors,
     verify_logits,
 )
@@ -65,6 +75,7 @@ def plan_to_hf(export: HfExport) -> ConversionPlan:
             largest_piece_bytes=max(piece.nbytes for piece in pieces),
             tensors_checked=True,
             notes=_notes(export, opened),
+            source_item_bytes=max(opened.view.dtype(name).itemsize for name in opened.view.names()),
         )
 
 
@@ -77,8 +88,7 @@ def conversion_to_hf(
         export: what plan_to_hf was given.
         plan: from it.
         verify: compare every tensor of the two folders before the output appears.
-        logits: compare logits, too; None where the model is small, was not cast, and the Megatron
-            folder has its config.
+        logits: compare logits, too; None where the model is small and was not cast.
     """
     checkpoint, companions = export.checkpoint, export.companions
     weights = [*checkpoint.glob("*.distcp"), checkpoint / ".metadata"]
@@ -143,12 +153,28 @@ def _verify(
     with opened_export(export) as opened, CheckpointReader(folder) as written:
         tensors = tuple(
             compare_tensors(opened.view, written, opened.spec, dtype=dtype, progress=advance)
-        )
+        ) + tuple(_compare_restored(opened, written, dtype))
     if logits is None:
-        has_config = (export.checkpoint / "hf" / "config.json").is_file()
-        small = 4 * plan.spec.num_parameters < LOGITS_LIMIT_BYTES
-        logits = has_config and small and dtype is None
-    return Verification(tensors, verify_logits(folder, export.checkpoint) if logits else None)
+        logits = 4 * plan.spec.num_parameters < LOGITS_LIMIT_BYTES and dtype is None
+    if not logits:
+        return Verification(tensors, None)
+    check = verify_logits(folder, export.checkpoint, config_folder=export.companions)
+    return Verification(tensors, check)
+
+
+def _compare_restored(
+    opened: OpenedExport, written: CheckpointReader, dtype: torch.dtype | None
+) -> Iterator[VerifiedTensor]:
+    """What Megatron does not hold: a tied head with the embedding, the rest with the reference."""
+    names = ARCHITECTURES[opened.spec.architecture].names
+    for entry in opened.restored:
+        if entry.name == names.lm_head:
+            yield compare_tensor(
+                entry.name, opened.view, written, source_name=names.embedding, dtype=dtype
+            )
+        else:
+            assert opened.reference is not None
+            yield compare_tensor(entry.name, opened.reference, written)
 
 
 def _notes(export: HfExport, opened: OpenedExport) -> tuple[str, ...]:
@@ -156,12 +182,15 @@ def _notes(export: HfExport, opened: OpenedExport) -> tuple[str, ...]:
     notes = []
     if export.as_llama:
         notes.append("config.json will be a Llama's; the weights are the same")
-        llama_config(json.loads((export.companions / "config.json").read_text()), opened.spec)
+        config = (export.companions / "config.json").read_text(encoding="utf-8")
+        llama_config(json.loads(config), opened.spec)
     if ARCHITECTURES[opened.spec.architecture].stores_inverse_frequencies and not opened.restored:
         notes.append(
             "published checkpoints of this architecture also hold RoPE's inverse frequencies; they "
             "are computed on loading, and written back only with --hf-reference"
         )
+    if left_out := not_copied(export.companions):
+        notes.append(f"not copied: {', '.join(left_out)}")
     return tuple(notes)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r2vpo_megatron.checkpoint.companions import copy_companions
+from r2vpo_megatron.checkpoint.companions import copy_companions, not_copied
 from r2vpo_megatron.checkpoint.megatron_keys import COMPANIONS, stored_key
 from r2vpo_megatron.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE
 from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
 from r2vpo_megatron.checkpoint.tensor_check import (
     check_tensors,
+    dtype_name,
     entries_of,
     expected_tensors,
     is_dropped,
@@ -121,6 +121,8 @@ def plan_to_megatron(
         layout=layout.chunks(spec.num_layers),
         tensor_parallel=layout.tensor,
         padded_vocab_size=padded_vocab_size(spec.vocab_size, layout.tensor),
+        notes=_notes(source),
+        source_item_bytes=max(entries[entry.name].dtype.itemsize for entry in written),
     )
 
 
@@ -140,6 +142,7 @@ def conversion_to_megatron(
     """
     with CheckpointReader(plan.source) as reader:
         sources = [plan.source / name for name in reader.files()]
+        sources += [path for path in [plan.source / INDEX_FILE] if path.is_file()]
         _check_tied_head(reader, plan.spec)
     job = {
         "direction": plan.direction,
@@ -161,18 +164,31 @@ def conversion_to_megatron(
     return Conversion(plan, job, partial(_fill, plan, layout), check)
 
 
+def _notes(source: Path) -> tuple[str, ...]:
+    left_out = not_copied(source)
+    return (f"not copied: {', '.join(left_out)}",) if left_out else ()
+
+
 def _check_tied_head(reader: CheckpointReader, spec: ModelSpec) -> None:
     """A tied LM head that is stored none the less must be the embedding: it will be dropped."""
     names = ARCHITECTURES[spec.architecture].names
     if not spec.tied_embeddings or names.lm_head not in reader.names():
         return
+    dtypes = [reader.dtype(name) for name in (names.lm_head, names.embedding)]
+    different = dtypes[0] != dtypes[1]
     row_bytes = reader.nbytes(names.lm_head) // spec.vocab_size
     for start, stop in row_blocks(spec.vocab_size, row_bytes):
-        head = reader.read_slice(names.lm_head, 0, start, stop)
-        if not torch.equal(head, reader.read_slice(names.embedding, 0, start, stop)):
+        if not different:
+            head, embedding = (
+                reader.read_slice(name, 0, start, stop).contiguous().view(torch.uint8)
+                for name in (names.lm_head, names.embedding)
+            )
+            different = not torch.equal(head, embedding)  # bits, not values: of NaN, too
+        if different:
             raise ValueError(
                 f"checkpoint {reader.folder}: config.json ties the embeddings, but "
-                f"{names.lm_head} differs from {names.embedding}; correct tie_word_embeddings"
+                f"{names.lm_head} ({dtype_name(dtypes[0])}) differs from {names.embedding} "
+                f"({dtype_name(dtypes[1])}); correct tie_word_embeddings"
             )
 
 
@@ -218,9 +234,6 @@ def _fill(
     ]
     write_metadata(folder.folder, tensors, objects)
     copy_companions(plan.source, folder.folder / COMPANIONS)
-    index = plan.source / INDEX_FILE
-    if index.is_file():
-        shutil.copyfile(index, folder.folder / COMPANIONS / INDEX_FILE)
 
 
 def _encode(

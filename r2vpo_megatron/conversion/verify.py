@@ -178,7 +178,7 @@ def compare_tensors(
     in_source = set(source.names())
     for name in target.names():
         if name in in_source:
-            yield _compare_tensor(name, source, target, dtype, progress)
+            yield compare_tensor(name, source, target, dtype=dtype, progress=progress)
 
 
 def row_blocks(
@@ -205,7 +205,9 @@ def tensor_sha256(reader: TensorReader, name: str) -> str:
     return digest.hexdigest()
 
 
-def verify_logits(hf_folder: str | Path, megatron_folder: str | Path) -> LogitsCheck:
+def verify_logits(
+    hf_folder: str | Path, megatron_folder: str | Path, *, config_folder: str | Path | None = None
+) -> LogitsCheck:
     """Compare logits of a few tokens: transformers' and a live Megatron model's, on the CPU.
 
     A child process loads one model after the other in fp32, so that the caller stays without
@@ -215,6 +217,7 @@ def verify_logits(hf_folder: str | Path, megatron_folder: str | Path) -> LogitsC
     Args:
         hf_folder: Hugging Face checkpoint; its remote code is not run.
         megatron_folder: torch_dist checkpoint of the same model.
+        config_folder: holds the model's config.json, for a torch_dist checkpoint without hf/.
 
     Raises:
         ValueError: the difference exceeds 1e-4 of the largest logit, or is not a number.
@@ -224,8 +227,11 @@ def verify_logits(hf_folder: str | Path, megatron_folder: str | Path) -> LogitsC
         result = Path(scratch) / "result.json"
         command = [sys.executable, "-m", "r2vpo_megatron.conversion.logits_check"]
         command += [str(Path(hf_folder).resolve()), str(Path(megatron_folder).resolve())]
+        command.append(str(result))
+        if config_folder is not None:
+            command += ["--config", str(Path(config_folder).resolve())]
         child = subprocess.run(
-            [*command, str(result)],
+            command,
             env=_child_environment(),
             capture_output=True,
             text=True,
@@ -238,7 +244,7 @@ def verify_logits(hf_folder: str | Path, megatron_folder: str | Path) -> LogitsC
                 f"logits could not be compared: the process ended with {child.returncode}\n"
                 f"{last_lines}"
             )
-        check = LogitsCheck(**json.loads(result.read_text()))
+        check = LogitsCheck(**json.loads(result.read_text(encoding="utf-8")))
     if not check.relative_difference <= LOGITS_TOLERANCE:
         raise ValueError(
             f"logits of {megatron_folder} differ from those of {hf_folder} by "
@@ -285,14 +291,31 @@ def _check_names(source: TensorReader, target: TensorReader, spec: ModelSpec) ->
         raise ValueError("the two checkpoints have different tensors: " + "; ".join(problems))
 
 
-def _compare_tensor(
+def compare_tensor(
     name: str,
     source: TensorReader,
     target: TensorReader,
-    dtype: torch.dtype | None,
-    progress: Callable[[int], None] | None,
+    *,
+    source_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> VerifiedTensor:
-    shape, source_dtype, target_dtype = source.shape(name), source.dtype(name), target.dtype(name)
+    """Compare one tensor of two readers, bit for bit.
+
+    Args:
+        name: in the target.
+        source: what was converted.
+        target: what was written.
+        source_name: in the source; None if it is the same.
+        dtype: what floating-point tensors were cast to; None if they were kept.
+        progress: called with the target's bytes that were just compared.
+
+    Raises:
+        ValueError: they differ.
+    """
+    source_name = name if source_name is None else source_name
+    shape, source_dtype = source.shape(source_name), source.dtype(source_name)
+    target_dtype = target.dtype(name)
     expected = dtype if dtype is not None and source_dtype.is_floating_point else source_dtype
     if target.shape(name) != shape:
         raise ValueError(
@@ -307,7 +330,7 @@ def _compare_tensor(
     of_source, of_target = hashlib.sha256(), hashlib.sha256()
     wider = max(source_dtype.itemsize, target_dtype.itemsize)
     for start, stop in row_blocks(shape, wider):
-        first = _read_rows(source, name, start, stop)
+        first = _read_rows(source, source_name, start, stop)
         second = _read_rows(target, name, start, stop)
         cast = first.to(target_dtype)
         _check_equal(name, cast, second, start, source, target)

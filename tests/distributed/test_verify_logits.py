@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from r2vpo_megatron.conversion.logits_check import compare_logits
+from r2vpo_megatron.conversion.carry_out import carry_out
+from r2vpo_megatron.conversion.hf_export import HfExport
+from r2vpo_megatron.conversion.logits_check import NUM_TOKENS, compare_logits
+from r2vpo_megatron.conversion.progress import ConversionProgress
+from r2vpo_megatron.conversion.to_hf import conversion_to_hf, plan_to_hf
 from r2vpo_megatron.conversion.verify import LOGITS_TOLERANCE, LogitsCheck, verify_conversion
 from tests.distributed.ranks import run_ranks
 from tests.distributed.tiny_checkpoints import VARIANTS, save_checkpoint
@@ -58,6 +62,24 @@ def test_exchanged_gate_and_up_show(folders: dict[str, tuple[Path, Path]], tmp_p
     save_file(tensors, edited / "model.safetensors", metadata={"format": "pt"})
     (checks,) = run_ranks(1, _compare, {"edited": (edited, megatron)})
     assert checks["edited"].relative_difference > 10 * LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("companions", ["reference", "beside the iteration"])
+def test_a_training_checkpoint_without_config(
+    companions: str, folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    hf, megatron = folders["pangu-untied"]
+    run = tmp_path / "run"
+    shutil.copytree(megatron, run / "iter_0000007", ignore=shutil.ignore_patterns("hf"))
+    (run / "latest_checkpointed_iteration.txt").write_text("7")
+    if companions == "reference":
+        export = HfExport(run, tmp_path / "back", hf_reference=hf)
+    else:
+        shutil.copytree(megatron / "hf", run / "hf")
+        export = HfExport(run, tmp_path / "back")
+    conversion = conversion_to_hf(export, plan_to_hf(export), verify=True)  # small: with logits
+    found = carry_out(conversion, resume=False, progress=ConversionProgress())
+    assert f"logits of {NUM_TOKENS} tokens within" in found
 
 
 def test_a_cast_conversion_is_verified_in_a_child(

@@ -141,7 +141,7 @@ def test_mistakes_cost_one_line_and_exit_code_2(converted: Path, tmp_path: Path,
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert _files(tmp_path) == {"taken/precious": b"x"}
-    for size in ("0", "5 apples", "-1GB"):
+    for size in ("0", "5 apples", "-1GB", "0.1B"):
         with pytest.raises(SystemExit):
             to_hf([*_arguments("to_hf", converted, tmp_path / "x"), f"--max-shard-size={size}"])
 
@@ -176,6 +176,18 @@ def test_an_interrupt_says_how_to_go_on(
     monkeypatch.undo()
     assert to_megatron([*arguments, "--resume"]) == 0
     assert _files(tmp_path / "out") == _files(converted / "megatron")
+
+
+@pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
+def test_resuming_what_is_complete_is_no_mistake(converted: Path, capsys, direction: str) -> None:
+    main = to_megatron if direction == "to_megatron" else to_hf
+    output = converted / ("megatron" if direction == "to_megatron" else "back")
+    arguments = _arguments(direction, converted, output)
+    assert main([*arguments, "--resume"]) == 0
+    assert capsys.readouterr().out == f"{output}: already complete\n"
+    assert main([*arguments, "--dry-run"]) == 0
+    assert f"note: output folder {output}: exists and is not empty" in capsys.readouterr().out
+    assert main(arguments) == 2
 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])

@@ -191,7 +191,7 @@ def test_the_output_must_be_apart_from_the_source(
 
 
 def test_row_blocks_cover_all_rows_and_no_block_is_too_large() -> None:
-    assert row_blocks(10, 2**25) == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
+    assert row_blocks(10, 2**24) == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
     assert row_blocks(3, 2**40) == [(0, 1), (1, 2), (2, 3)]
     assert row_blocks(5, 1) == [(0, 5)]
 
@@ -217,3 +217,29 @@ def test_a_checkpoint_without_config_needs_a_reference(tmp_path: Path) -> None:
     (tmp_path / "iter_0000001").mkdir()
     with pytest.raises(ValueError, match="no hf/config.json.*--hf-reference"):
         plan_to_hf(HfExport(tmp_path / "iter_0000001", tmp_path / "out"))
+
+
+def test_peak_memory_counts_what_is_read(tmp_path: Path) -> None:
+    make_hf_folder(tmp_path / "hf")  # float32
+    kept, cast = (
+        plan_to_megatron(tmp_path / "hf", tmp_path / "out", ParallelLayout(), dtype)
+        for dtype in ("keep", "bfloat16")
+    )
+    assert kept.peak_memory_bytes == 3 * kept.largest_piece_bytes
+    # As read (twice as large), as cast, as laid out, and the one before.
+    assert cast.peak_memory_bytes == 5 * cast.largest_piece_bytes
+    assert "above the interpreter's own, while converting" in describe(cast)
+
+
+def test_what_is_left_out_and_an_output_in_the_way_are_noted(tmp_path: Path) -> None:
+    make_hf_folder(tmp_path / "hf")
+    (tmp_path / "hf" / "modules").mkdir()
+    plan = plan_to_megatron(tmp_path / "hf", tmp_path / "out", ParallelLayout())
+    assert "note: not copied: modules/" in describe(plan)
+    assert "not empty" not in describe(plan) and "stopped" not in describe(plan)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    (tmp_path / ".out.converting").mkdir()
+    text = describe(plan)
+    assert f"note: output folder {tmp_path / 'out'}: exists and is not empty" in text
+    assert ".out.converting holds a conversion that stopped; --resume goes on with it" in text

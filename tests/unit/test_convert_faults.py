@@ -9,13 +9,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from r2vpo_megatron.conversion import carry_out as carrying_out
 from r2vpo_megatron.conversion import journal
+from r2vpo_megatron.conversion import to_megatron as converting
 from r2vpo_megatron.conversion.hf_export import HfExport
 from r2vpo_megatron.conversion.megatron_pieces import ParallelLayout
+from r2vpo_megatron.conversion.to_megatron import plan_to_megatron
 from tests.conversion_runs import files_of, to_hf, to_megatron
 from tests.random_checkpoints import make_hf_folder, save_tensors
 
@@ -172,6 +175,109 @@ def test_a_verification_that_fails_leaves_no_output(
     assert sabotaged and not (tmp_path / "out").exists()
     monkeypatch.undo()
     to_megatron(tmp_path / "hf", tmp_path / "out", verify=True, resume=True)  # writes it anew
+
+
+def _rewritten(path: Path) -> None:
+    """The same bytes at another time."""
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+
+
+@pytest.mark.parametrize("direction", ["to_megatron", "to_hf", "reference"])
+def test_a_source_that_changes_meanwhile_gives_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    make_hf_folder(tmp_path / "hf")
+    to_megatron(tmp_path / "hf", tmp_path / "m")
+    export = HfExport(tmp_path / "m", tmp_path / "out", hf_reference=tmp_path / "hf")
+    changing = tmp_path / ("m/__0_0.distcp" if direction == "to_hf" else "hf/model.safetensors")
+    write_all = journal.write_all
+
+    def while_changing(stream, buffer):
+        write_all(stream, buffer)
+        if len(buffer) > 2000:
+            _rewritten(changing)
+
+    monkeypatch.setattr(journal, "write_all", while_changing)
+    with pytest.raises(ValueError, match=f"{changing}: changed while it was being converted"):
+        if direction == "to_megatron":
+            to_megatron(tmp_path / "hf", tmp_path / "out")
+        else:
+            to_hf(export)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["copy_companions", "write_metadata", "_write_manifest"])
+def test_a_full_disk_beside_the_pieces_is_said_and_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    make_hf_folder(tmp_path / "hf")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "some file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(carrying_out if what == "_write_manifest" else converting, what, full)
+        with pytest.raises(OSError, match="some file: the disk is full; .* go on with --resume"):
+            to_megatron(tmp_path / "hf", tmp_path / "out")
+    assert os.path.getsize(tmp_path / ".out.converting" / "__0_0.distcp")
+    to_megatron(tmp_path / "hf", tmp_path / "out", resume=True)
+    to_megatron(tmp_path / "hf", tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_space_for_companions_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_hf_folder(tmp_path / "hf")
+    plan = plan_to_megatron(tmp_path / "hf", tmp_path / "out", ParallelLayout())
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(b" " * 50_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=plan.output_bytes + 50_000)
+    monkeypatch.setattr(carrying_out.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="bytes are free, .* are needed"):
+        to_megatron(tmp_path / "hf", tmp_path / "out")
+
+
+def test_resuming_what_is_complete_says_so(tmp_path: Path) -> None:
+    tensors = make_hf_folder(tmp_path / "hf")
+    assert to_megatron(tmp_path / "hf", tmp_path / "out") == ""
+    before = files_of(tmp_path)
+    complete = f"{tmp_path / 'out'}: already complete"
+    assert to_megatron(tmp_path / "hf", tmp_path / "out", resume=True) == complete
+    found = to_megatron(tmp_path / "hf", tmp_path / "out", resume=True, verify=True)
+    assert found.startswith(f"{complete}; verified: ")
+    for resume, layout in ((False, ParallelLayout()), (True, ParallelLayout(2))):
+        with pytest.raises(ValueError, match="exists and is not empty"):
+            to_megatron(tmp_path / "hf", tmp_path / "out", layout, resume=resume)
+    assert files_of(tmp_path) == before
+    save_tensors(tmp_path / "hf", {name: tensor + 1 for name, tensor in tensors.items()})
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        to_megatron(tmp_path / "hf", tmp_path / "out", resume=True)
+
+
+def test_a_tied_head_is_compared_by_dtype_and_bits(tmp_path: Path) -> None:
+    name, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tensors = make_hf_folder(tmp_path / "hf", "llama", tied=True)
+    tensors[embedding][3, 3] = float("nan")
+    tensors[name] = tensors[embedding].clone()
+    save_tensors(tmp_path / "hf", tensors)
+    to_megatron(tmp_path / "hf", tmp_path / "nan")
+    tensors[embedding][3, 3] = 0.0
+    tensors[name][3, 3] = -0.0
+    save_tensors(tmp_path / "hf", tensors)
+    with pytest.raises(ValueError, match="lm_head.weight .float32. differs from"):
+        to_megatron(tmp_path / "hf", tmp_path / "out")
+    tensors[embedding] = tensors[embedding].bfloat16()
+    tensors[name] = tensors[embedding].view(torch.float16).clone()  # the same bits
+    save_tensors(tmp_path / "hf", tensors)
+    with pytest.raises(ValueError, match="lm_head.weight .float16. differs from .*bfloat16"):
+        to_megatron(tmp_path / "hf", tmp_path / "out")
+
+
+def test_a_path_that_is_not_utf8_can_be_recorded(tmp_path: Path) -> None:
+    hf = tmp_path / os.fsdecode(b"hf-\xff")
+    make_hf_folder(tmp_path / "hf")
+    os.rename(tmp_path / "hf", hf)
+    to_megatron(hf, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "conversion.json").read_bytes())["source"] == str(hf)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from r2vpo_megatron.checkpoint.layout import placements
+from r2vpo_megatron.checkpoint.torch_dist import TorchDistReader
 from r2vpo_megatron.conversion.inspection import inspect_checkpoint
 from r2vpo_megatron.models.spec import read_model_spec
 from tools import convert_hf_to_megatron
@@ -223,6 +227,59 @@ def test_a_broken_manifest(broken: Path, capsys: pytest.CaptureFixture[str]) -> 
     (broken / "conversion.json").write_text('{"direction": "hf_to')
     code, text = run(capsys, broken)
     assert code == 1 and "conversion.json: is not a manifest" in text
+
+
+def test_a_manifest_that_is_nested_too_deeply(
+    broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (broken / "conversion.json").write_text("[" * 200_000)
+    code, text = run(capsys, broken)
+    assert code == 1 and "conversion.json: is not a manifest" in text
+
+
+def test_a_manifest_with_a_path_that_is_no_unicode(
+    broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (broken / "conversion.json").write_text(json.dumps({"source": "/models/\udcff"}))
+    code, text = run(capsys, broken)
+    assert code == 0 and "conversion.json  source /models/\\udcff" in text
+
+
+def test_digests_of_a_broken_blob_are_left_out(
+    hf: Path, broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TorchDistReader(broken) as reader:
+        chunk = reader.tensors["decoder.final_layernorm.weight"].chunks[0]
+    path = broken / chunk.file
+    content = bytearray(path.read_bytes())
+    content[chunk.position : chunk.position + chunk.length] = bytes(chunk.length)
+    path.write_bytes(content)
+    code, text = run(capsys, broken, "--sha256", "--json")
+    report = json.loads(text)
+    assert code == 1
+    (problem,) = report["problems"]
+    assert problem.startswith(f"model.norm.weight: cannot be read ({path}: the part of tensor")
+    whole = {tensor.name: tensor.sha256 for tensor in inspect_checkpoint(hf, sha256=True).tensors}
+    found = {tensor["name"]: tensor["sha256"] for tensor in report["tensors"]}
+    assert found == whole | {"model.norm.weight": None}
+
+
+def test_another_programs_metadata_json(hf: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hf, tmp_path / "edited"))
+    (folder / "metadata.json").write_text('{"author": "someone"}')
+    report = inspect_checkpoint(folder)
+    assert report.format == "Hugging Face, safetensors" and report.problems == []
+
+
+def test_a_reader_that_stops_early_is_no_error(hf: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = inspect_checkpoint_tool.__file__
+    child = subprocess.run(
+        [sys.executable, script, str(hf)], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (child.returncode, child.stderr) == (0, b"")
 
 
 def test_missing_extra_and_misshapen_tensors(

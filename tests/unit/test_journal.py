@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -279,3 +279,81 @@ def test_large_pieces_are_written_whole(tmp_path: Path) -> None:
         folder.finish()
     assert written.crc32 == zlib.crc32(data)
     assert (tmp_path / "out" / "a.bin").read_bytes() == data
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EACCES])
+def test_a_folder_that_cannot_get_its_name_keeps_all_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    output, rename = tmp_path / "out", os.rename
+
+    def refused(source, target):
+        if Path(target) == output:
+            raise OSError(number, os.strerror(number))
+        rename(source, target)
+
+    monkeypatch.setattr(journal.os, "rename", refused)
+    message = f"{output}: {os.strerror(number)}; 8 finished pieces are kept in .*--resume"
+    with (
+        pytest.raises(OSError, match=message),
+        JournaledFolder(output, JOB, resume=False) as folder,
+    ):
+        _write_pieces(folder)
+        folder.finish()
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == [".out.converting"]
+    produced: list[str] = []
+    with JournaledFolder(output, JOB, resume=True) as folder:
+        _write_pieces(folder, produced)
+        folder.finish()
+    assert produced == []
+    assert _contents(tmp_path) == {f"out/{name}": data for name, data in EXPECTED.items()}
+
+
+def test_a_kill_just_before_the_folder_gets_its_name_loses_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    partial = _kill_at(output, 7)
+    os.rename(partial / "journal.jsonl", tmp_path / ".out.converting.journal")
+    produced: list[str] = []
+    with JournaledFolder(output, JOB, resume=True) as folder:
+        _write_pieces(folder, produced)
+        folder.finish()
+    assert produced == ["p7"]
+    assert _contents(tmp_path) == {f"out/{name}": data for name, data in EXPECTED.items()}
+
+
+def test_a_journal_left_over_is_not_taken_for_another_folder(tmp_path: Path) -> None:
+    (tmp_path / ".out.converting.journal").write_text(json.dumps({"job": JOB}) + "\n")
+    with JournaledFolder(tmp_path / "out", JOB, resume=True) as folder:
+        assert folder.notes == ["there is nothing to resume: starting from nothing"]
+        assert not (tmp_path / ".out.converting.journal").exists()
+        _write_pieces(folder)
+        folder.finish()
+    assert _contents(tmp_path) == {f"out/{name}": data for name, data in EXPECTED.items()}
+
+
+def test_a_mount_point_is_refused_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == output)
+    with pytest.raises(ValueError, match="is a mount point.*name a folder inside it"):
+        JournaledFolder(output, JOB, resume=False).__enter__()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_reading_again_what_is_there_is_told(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    _kill_at(output, 6)
+    known = sum(len(data) for *_, data in PIECES[:6])
+    told: list[object] = []
+
+    def stage(title: str, num_bytes: int) -> Callable[[int], None]:
+        told.append((title, num_bytes))
+        return told.append
+
+    with JournaledFolder(output, JOB, resume=True, stage=stage) as folder:
+        assert told == [("checking what is there", known), *(len(d) for *_, d in PIECES[:6])]
+        _write_pieces(folder)
+        folder.finish()

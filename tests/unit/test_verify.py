@@ -16,6 +16,7 @@ from r2vpo_megatron.conversion import verify
 from r2vpo_megatron.conversion.verify import (
     LogitsCheck,
     Verification,
+    compare_tensor,
     compare_tensors,
     row_blocks,
     tensor_sha256,
@@ -201,6 +202,17 @@ def test_computed_and_tied_tensors_may_be_on_one_side() -> None:
     untied = ModelSpec(**{**SPEC.__dict__, "tied_embeddings": False})
     with pytest.raises(ValueError, match="1 not in source: lm_head.weight"):
         list(compare_tensors(source, target, untied))
+
+
+def test_a_tensor_may_have_another_name_in_the_source() -> None:
+    name, other = "lm_head.weight", "model.embed_tokens.weight"
+    source, target = pair()
+    target.tensors[name] = target.tensors[other].bfloat16()
+    found = compare_tensor(name, source, target, source_name=other, dtype=torch.bfloat16)
+    assert (found.name, found.source_dtype, found.dtype) == (name, torch.float32, torch.bfloat16)
+    target.tensors[name][4, 1] = 7
+    with pytest.raises(ValueError, match=r"lm_head.weight differs first at \[4, 1\]"):
+        compare_tensor(name, source, target, source_name=other, dtype=torch.bfloat16)
 
 
 def fake_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: str, code: int) -> None:
