@@ -185,5 +185,10 @@ def test_each_section_checks_its_own_fields(
 def test_to_dict_is_plain_and_complete() -> None:
     as_dict = make_config().to_dict()
     assert as_dict["rollout"]["max_response_tokens"] == 20
-    assert as_dict["model"] == {"path": "", "testbed": "pangu", "dtype": "bfloat16"}
+    assert as_dict["model"] == {
+        "path": "",
+        "testbed": "pangu",
+        "weights": "",
+        "dtype": "bfloat16",
+    }
     assert list(as_dict) == list(RunConfig.__dataclass_fields__)
