@@ -9,5 +9,6 @@ companions.py              config, tokenizer and all that is not weights
 torch_dist.py              read and write Megatron-core's torch_dist format without process group
 torch_dist_metadata.py, torch_blob.py, restricted_pickle.py    its parts
 megatron_keys.py           a torch_dist folder seen as Hugging Face tensors
+closing.py                 readers as context managers
 durable.py                 bring a folder to the disk before it gets its name
 """

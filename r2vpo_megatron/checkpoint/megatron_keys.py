@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from r2vpo_megatron.checkpoint.closing import Closing
 from r2vpo_megatron.checkpoint.layout import Placement, Shape, placements
 from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
 from r2vpo_megatron.checkpoint.tensor_check import abbreviated
@@ -79,7 +79,7 @@ class _Source:
     layer: int | None  # None: not stacked
 
 
-class MegatronCheckpoint:
+class MegatronCheckpoint(Closing):
     """Hugging Face tensors of a torch_dist folder by name; the interface is CheckpointReader's.
 
     Attributes:
@@ -170,17 +170,6 @@ class MegatronCheckpoint:
             return ""
         at_least = "at least " if placement.kind == "vocab" else ""
         return f"{source.key} {list(shape)}, expected {at_least}{list(expected)}"
-
-    def __enter__(self) -> MegatronCheckpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Nothing can be asked any more."""

@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from r2vpo_megatron.checkpoint.closing import Closing
 from r2vpo_megatron.checkpoint.companions import copy_companions, state_dtype
 from r2vpo_megatron.checkpoint.durable import synchronize, synchronize_one
 from r2vpo_megatron.checkpoint.safetensors_header import (
@@ -51,7 +51,7 @@ class _StoredTensor:
     position: int  # of its first byte in the file
 
 
-class CheckpointReader:
+class CheckpointReader(Closing):
     """Tensors of a checkpoint folder by name, whole or in slices.
 
     Byte ranges are read, not mapped: resident memory is the slice that was asked for, and a file
@@ -123,17 +123,6 @@ class CheckpointReader:
             unnamed = [entry.name for entry in opened.entries if entry.name not in weight_map]
             if unnamed:
                 raise ValueError(f"{index}: does not name all of {file}: {abbreviated(unnamed)}")
-
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files; nothing can be asked any more."""

@@ -16,12 +16,12 @@ from r2vpo_megatron.checkpoint.safetensors_header import (
     SINGLE_FILE,
     TensorEntry,
 )
+from r2vpo_megatron.checkpoint.tensor_check import abbreviated
 
 if TYPE_CHECKING:
     from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def plan_like(reader: CheckpointReader, entries: Iterable[TensorEntry]) -> list[
         wanted[entry.name] = entry
     present = set(reader.names())
     problems = [
-        f"{title}: {_abbreviated(names)}"
+        f"{title}: {abbreviated(names)}"
         for title, names in (
             ("not in the reference", [name for name in wanted if name not in present]),
             ("only in the reference", [name for name in reader.names() if name not in wanted]),
@@ -199,8 +199,3 @@ def _weight_map(files: Iterable[SafetensorsFile]) -> dict[str, str]:
                 )
             file_of[entry.name] = file.name
     return file_of
-
-
-def _abbreviated(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more

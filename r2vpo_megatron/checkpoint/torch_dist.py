@@ -10,12 +10,12 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from r2vpo_megatron.checkpoint.closing import Closing
 from r2vpo_megatron.checkpoint.torch_blob import (
     TensorBlob,
     encode_extra_state,
@@ -55,7 +55,7 @@ _CONFIG = {
 _COMMON = {"checkpoint_version": 3.0, "iteration": 0}  # what Megatron-LM looks for first
 
 
-class TorchDistReader:
+class TorchDistReader(Closing):
     """Tensors of a torch_dist folder by key, whole or in boxes.
 
     Of a blob only the rows that are asked for are read. Reads may come from several threads.
@@ -77,17 +77,6 @@ class TorchDistReader:
         self._blobs: dict[StoredChunk, TensorBlob] = {}
         _check_format(self.folder)
         self.tensors = read_metadata(self.folder)
-
-    def __enter__(self) -> TorchDistReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Forget where values lie; no file is open."""

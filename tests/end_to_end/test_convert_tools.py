@@ -18,7 +18,7 @@ import pytest
 
 from r2vpo_megatron.conversion import journal
 from tests.random_checkpoints import make_hf_folder
-from tests.unit.test_conversion_plan import PANGU_7B
+from tests.unit.test_model_spec import PANGU_7B
 
 ROOT = Path(__file__).parents[2]
 NUM_KILLS = 20

@@ -14,28 +14,7 @@ from r2vpo_megatron.conversion.plan import check_folders, describe, row_blocks
 from r2vpo_megatron.conversion.to_hf import plan_to_hf
 from r2vpo_megatron.conversion.to_megatron import plan_to_megatron
 from tests.random_checkpoints import make_hf_folder, save_tensors
-
-# Of openPangu-Embedded-7B-V1.1, as published.
-PANGU_7B = {
-    "architectures": ["PanguEmbeddedForCausalLM"],
-    "model_type": "PanguEmbedded",
-    "hidden_size": 4096,
-    "num_hidden_layers": 34,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 12800,
-    "vocab_size": 153376,
-    "max_position_embeddings": 32768,
-    "rope_theta": 16000000.0,
-    "rms_norm_eps": 1e-5,
-    "bias": True,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 45892,
-    "pad_token_id": 0,
-}
+from tests.unit.test_model_spec import PANGU_7B
 
 
 @pytest.fixture

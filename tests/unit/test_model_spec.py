@@ -16,6 +16,7 @@ from r2vpo_megatron.models.spec import (
     validate_layout,
 )
 
+# Of openPangu-Embedded-7B-V1.1, as published.
 PANGU_7B: dict[str, Any] = {
     "architectures": ["PanguEmbeddedForCausalLM"],
     "model_type": "PanguEmbedded",
@@ -32,6 +33,9 @@ PANGU_7B: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 45892,
+    "pad_token_id": 0,
 }
 PANGU_1B = PANGU_7B | {
     "hidden_size": 1536,
