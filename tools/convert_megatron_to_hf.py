@@ -12,10 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works before installation, too
 
-from r2vpo_megatron.conversion.carry_out import carry_out
+from r2vpo_megatron.conversion.command import (
+    Prepare,
+    add_common_options,
+    add_output_option,
+    run,
+)
 from r2vpo_megatron.conversion.hf_export import HfExport
-from r2vpo_megatron.conversion.plan import DTYPES, describe
-from r2vpo_megatron.conversion.progress import ConversionProgress
+from r2vpo_megatron.conversion.plan import ConversionPlan
 from r2vpo_megatron.conversion.to_hf import conversion_to_hf, plan_to_hf
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -32,27 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
         options.max_shard_size,
         options.dtype,
     )
-    try:
-        plan = plan_to_hf(export)
-        if options.dry_run:
-            print(describe(plan))
-            return 0
-        conversion = conversion_to_hf(
-            export,
-            plan,
-            verify=options.verify or options.verify_logits,
-            logits=True if options.verify_logits else None,
+
+    def plan() -> tuple[ConversionPlan, Prepare]:
+        planned = plan_to_hf(export)
+        return planned, lambda verify, logits: conversion_to_hf(
+            export, planned, verify=verify, logits=logits
         )
-        found = carry_out(conversion, resume=options.resume, progress=ConversionProgress())
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if found:
-        print(found)
-    return 0
+
+    return run(options, plan)
 
 
 def size_in_bytes(text: str) -> int:
@@ -75,9 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="torch_dist folder, or the folder of a run that names its latest iteration",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to make; it appears when it is whole"
-    )
+    add_output_option(parser)
     parser.add_argument(
         "--hf-reference",
         type=Path,
@@ -98,23 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="5GB",
         help="of a file, where no reference says how to cut",
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="keep", help="of the weights; keep: as they are"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="compare every tensor with the source, bit for bit, and the logits of a small model",
-    )
-    parser.add_argument(
-        "--verify-logits",
-        action="store_true",
-        help="as --verify, and compare logits whatever the size of the model",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with a conversion that was stopped"
-    )
+    add_common_options(parser)
     return parser
 
 

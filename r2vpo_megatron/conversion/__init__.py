@@ -10,4 +10,5 @@ journal.py, folder_lock.py    the output folder: appears whole or not at all, re
 verify.py, logits_check.py    every bit and a few logits of both sides compared
 inspection.py      what a checkpoint folder holds and lacks
 progress.py        bytes a second and the time left
+command.py         what the two command lines have in common
 """
