@@ -128,32 +128,56 @@ def shard_shape(placement: Placement, spec: ModelSpec, tensor_size: int) -> Shap
     return (rows // tensor_size, *rest)
 
 
+def read_rows(
+    placement: Placement, spec: ModelSpec, start: int, stop: int, read: ReadSlice
+) -> Tensor:
+    """Rows of the parameter as it would be on one TP rank, reading no more than they need.
+
+    Args:
+        placement: of the parameter.
+        spec: the model.
+        start, stop: of the rows; of whole KV heads for "qkv", of one half for "gate_up"; beyond
+            the vocabulary rows are zero.
+        read: the checkpoint.
+    """
+    names = list(placement.hf_shapes)
+    if placement.kind == "qkv":
+        group_rows = (spec.heads_per_kv_head + 2) * spec.head_dim
+        first, last = start // group_rows * spec.head_dim, stop // group_rows * spec.head_dim
+        query, key, value = (
+            read(name, 0, first * times, last * times)
+            for name, times in zip(names, (spec.heads_per_kv_head, 1, 1), strict=True)
+        )
+        return interleave_qkv(query, key, value, spec.head_dim)
+    if placement.kind == "gate_up":
+        half, first = divmod(start, spec.ffn_size)
+        return read(names[half], 0, first, first + stop - start)
+    num_rows = placement.hf_shapes[names[0]][0]
+    rows = read(names[0], 0, min(start, num_rows), min(stop, num_rows))
+    if stop <= num_rows:
+        return rows
+    assert placement.kind == "vocab"
+    return torch.cat([rows, rows.new_zeros(stop - start - len(rows), rows.shape[1])])
+
+
 def read_shard(
     placement: Placement, spec: ModelSpec, tensor_rank: int, tensor_size: int, read: ReadSlice
 ) -> Tensor:
     """Make one TP rank's parameter, reading no more of the checkpoint than it needs."""
-    names = list(placement.hf_shapes)
     shape = shard_shape(placement, spec, tensor_size)
-    start, stop = tensor_rank * shape[0], (tensor_rank + 1) * shape[0]
     if placement.kind == "replicated":
-        return read(names[0], 0, 0, shape[0])
+        return read_rows(placement, spec, 0, shape[0], read)
     if placement.kind == "row":
-        return read(names[0], 1, tensor_rank * shape[1], (tensor_rank + 1) * shape[1])
+        (name,) = placement.hf_shapes
+        return read(name, 1, tensor_rank * shape[1], (tensor_rank + 1) * shape[1])
     if placement.kind == "gate_up":
         half = shape[0] // 2
-        start = tensor_rank * half
-        return torch.cat([read(name, 0, start, start + half) for name in names])
-    if placement.kind == "vocab":
-        rows = read(names[0], 0, min(start, spec.vocab_size), min(stop, spec.vocab_size))
-        padding = rows.new_zeros(shape[0] - rows.shape[0], shape[1])
-        return torch.cat([rows, padding])
-    kv_rows = spec.num_kv_heads // tensor_size * spec.head_dim
-    query_rows = kv_rows * spec.heads_per_kv_head
-    parts = [
-        read(name, 0, tensor_rank * rows, (tensor_rank + 1) * rows)
-        for name, rows in zip(names, (query_rows, kv_rows, kv_rows), strict=True)
-    ]
-    return interleave_qkv(parts[0], parts[1], parts[2], spec.head_dim)
+        starts = (tensor_rank * half, spec.ffn_size + tensor_rank * half)
+        return torch.cat(
+            [read_rows(placement, spec, start, start + half, read) for start in starts]
+        )
+    start = tensor_rank * shape[0]
+    return read_rows(placement, spec, start, start + shape[0], read)
 
 
 def merge_shards(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r2vpo_megatron.checkpoint.layout import Placement, interleave_qkv, placements
+from r2vpo_megatron.checkpoint.layout import Placement, placements, read_rows
 from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
 from r2vpo_megatron.conversion.plan import PipelineChunk, row_blocks
 from r2vpo_megatron.models.pipeline import layers_of_chunks
@@ -82,26 +82,11 @@ def plan_units(
 
 def load_unit(unit: Unit, spec: ModelSpec, reader: CheckpointReader, dtype: torch.dtype) -> Tensor:
     """Rows of the global Megatron tensor, made of the rows of its Hugging Face tensors."""
-    placement, start, stop = unit.placement, unit.start, unit.stop
-    names = list(placement.hf_shapes)
-    if placement.kind == "qkv":
-        head_dim, heads = spec.head_dim, spec.heads_per_kv_head
-        group_rows = (heads + 2) * head_dim
-        first, last = start // group_rows * head_dim, stop // group_rows * head_dim
-        query, key, value = (
-            reader.read_slice(name, 0, first * times, last * times)
-            for name, times in zip(names, (heads, 1, 1), strict=True)
-        )
-        return interleave_qkv(query.to(dtype), key.to(dtype), value.to(dtype), head_dim)
-    if placement.kind == "gate_up":
-        half, first = divmod(start, spec.ffn_size)
-        return reader.read_slice(names[half], 0, first, first + stop - start).to(dtype)
-    num_rows = placement.hf_shapes[names[0]][0]
-    rows = reader.read_slice(names[0], 0, min(start, num_rows), min(stop, num_rows)).to(dtype)
-    if stop <= num_rows:
-        return rows
-    assert placement.kind == "vocab"
-    return torch.cat([rows, rows.new_zeros(stop - start - len(rows), rows.shape[1])])
+
+    def read(name: str, dimension: int, start: int, stop: int) -> Tensor:
+        return reader.read_slice(name, dimension, start, stop).to(dtype)
+
+    return read_rows(unit.placement, spec, unit.start, unit.stop, read)
 
 
 def _cut(placement: Placement, spec: ModelSpec, files: list[str], item_bytes: int) -> list[Unit]:
