@@ -38,7 +38,7 @@ def load_hf_weights(
         model_chunks: from build_model, wrapped (DDP) or not.
         spec: of the same checkpoint.
         state: where this rank stands.
-        model_dir: Hugging Face folder, or a torch_dist one that holds its config.
+        model_dir: Hugging Face folder, or a torch_dist one.
 
     Raises:
         ValueError: tensors that are missing, of the wrong shape, or not used by this model.
@@ -47,7 +47,7 @@ def load_hf_weights(
     if spec.tied_embeddings:
         # The last of several stages keeps a copy of the embedding as its head.
         by_name["output_layer.weight"] = by_name["embedding.word_embeddings.weight"]
-    with open_checkpoint(model_dir) as reader, torch.no_grad():
+    with open_checkpoint(model_dir, spec) as reader, torch.no_grad():
         check_tensors(entries_of(reader), spec, reader.folder)
         for name, parameter in _local_parameters(model_chunks).items():
             shard = read_shard(

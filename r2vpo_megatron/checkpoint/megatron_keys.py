@@ -219,13 +219,22 @@ class MegatronCheckpoint(Closing):
         return part
 
 
-def open_checkpoint(folder: str | Path) -> CheckpointReader | MegatronCheckpoint:
+def open_checkpoint(
+    folder: str | Path, spec: ModelSpec | None = None
+) -> CheckpointReader | MegatronCheckpoint:
     """Hugging Face tensors of a folder of either format.
+
+    Args:
+        folder: of the checkpoint.
+        spec: of a torch_dist folder that has no hf/config.json, as that of a training run.
 
     Raises:
         ValueError: neither format, or broken.
     """
-    return MegatronCheckpoint(folder) if is_torch_dist(folder) else CheckpointReader(folder)
+    if not is_torch_dist(folder):
+        return CheckpointReader(folder)
+    has_config = (Path(folder) / COMPANIONS / "config.json").is_file()
+    return MegatronCheckpoint(folder, spec=None if has_config else spec)
 
 
 def _companion_spec(folder: Path) -> ModelSpec:

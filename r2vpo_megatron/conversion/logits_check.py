@@ -10,8 +10,6 @@ import argparse
 import gc
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,11 +19,14 @@ from torch import Tensor
 from r2vpo_megatron.checkpoint.megatron_keys import COMPANIONS, MegatronCheckpoint
 from r2vpo_megatron.conversion.verify import LogitsCheck
 from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.models.spec import ModelSpec, read_model_spec
 
 NUM_TOKENS = 16
 
 
-def transformers_logits(hf_folder: Path, megatron_folder: Path, token_ids_T: Tensor) -> Tensor:
+def transformers_logits(
+    hf_folder: Path, megatron_folder: Path, spec: ModelSpec, token_ids_T: Tensor
+) -> Tensor:
     """[T, vocab] fp32, with weights rounded to the dtype of the Megatron folder."""
     from transformers import AutoModelForCausalLM
 
@@ -40,14 +41,14 @@ def transformers_logits(hf_folder: Path, megatron_folder: Path, token_ids_T: Ten
         trust_remote_code=False,
         use_safetensors=True,
     ).eval()
-    with torch.no_grad(), MegatronCheckpoint(megatron_folder) as checkpoint:
+    with torch.no_grad(), MegatronCheckpoint(megatron_folder, spec=spec) as checkpoint:
         for name, parameter in model.named_parameters():
             parameter.copy_(parameter.to(checkpoint.dtype(name)))
         logits: Tensor = model(token_ids_T[None], use_cache=False).logits[0]
     return logits
 
 
-def megatron_logits(megatron_folder: Path, token_ids_T: Tensor) -> Tensor:
+def megatron_logits(megatron_folder: Path, spec: ModelSpec, token_ids_T: Tensor) -> Tensor:
     """[T, vocab] fp32 of one live rank; joins and leaves a process group of one."""
     platform = get_platform("cpu")
     platform.prepare()  # before Megatron is imported
@@ -60,8 +61,6 @@ def megatron_logits(megatron_folder: Path, token_ids_T: Tensor) -> Tensor:
     with tempfile.TemporaryDirectory(prefix="logits-") as scratch:
         rendezvous = f"file://{Path(scratch) / 'rendezvous'}"
         state = initialize_parallel(platform, rank=0, world_size=1, init_method=rendezvous)
-        with MegatronCheckpoint(megatron_folder) as checkpoint:
-            spec = checkpoint.spec
         chunks = build_model(spec, state, platform)
         load_hf_weights(chunks, spec, state, megatron_folder)
         num_tokens = len(token_ids_T)
@@ -77,41 +76,25 @@ def megatron_logits(megatron_folder: Path, token_ids_T: Tensor) -> Tensor:
     return logits
 
 
-@contextmanager
-def with_config(megatron_folder: Path, config_folder: Path | None) -> Iterator[Path]:
-    """A torch_dist folder that holds hf/: the one given, or one of links to it and to the config.
-
-    Args:
-        megatron_folder: torch_dist checkpoint; a training run's has no hf/.
-        config_folder: holds the model's config.json; None where the checkpoint has its own.
-    """
-    if config_folder is None or (megatron_folder / COMPANIONS / "config.json").is_file():
-        yield megatron_folder
-        return
-    with tempfile.TemporaryDirectory(prefix="logits-") as scratch:
-        for path in megatron_folder.resolve().iterdir():
-            if path.is_file():
-                (Path(scratch) / path.name).symlink_to(path)
-        (Path(scratch) / COMPANIONS).symlink_to(config_folder.resolve())
-        yield Path(scratch)
-
-
 def compare_logits(
     hf_folder: Path, megatron_folder: Path, config_folder: Path | None = None
 ) -> LogitsCheck:
-    """Make both logits of a few random tokens, one model after the other; see with_config."""
-    with with_config(megatron_folder, config_folder) as folder:
-        return _compare(hf_folder, folder)
+    """Make both logits of a few random tokens, one model after the other.
 
-
-def _compare(hf_folder: Path, megatron_folder: Path) -> LogitsCheck:
-    with MegatronCheckpoint(megatron_folder) as checkpoint:
-        vocab_size = checkpoint.spec.vocab_size
+    Args:
+        hf_folder: Hugging Face checkpoint.
+        megatron_folder: torch_dist checkpoint; its own config counts where it has one.
+        config_folder: holds config.json, for one that has none.
+    """
+    companions = megatron_folder / COMPANIONS
+    if config_folder is None or (companions / "config.json").is_file():
+        config_folder = companions
+    spec = read_model_spec(config_folder)
     generator = torch.Generator().manual_seed(0)
-    token_ids_T = torch.randint(0, vocab_size, (NUM_TOKENS,), generator=generator)
-    expected = transformers_logits(hf_folder, megatron_folder, token_ids_T)
+    token_ids_T = torch.randint(0, spec.vocab_size, (NUM_TOKENS,), generator=generator)
+    expected = transformers_logits(hf_folder, megatron_folder, spec, token_ids_T)
     gc.collect()  # models hold themselves in cycles
-    logits = megatron_logits(megatron_folder, token_ids_T)
+    logits = megatron_logits(megatron_folder, spec, token_ids_T)
     return LogitsCheck(
         num_tokens=NUM_TOKENS,
         largest_logit=expected.abs().max().item(),

@@ -121,7 +121,7 @@ def _check_weights(config: RunConfig, spec: ModelSpec) -> RunConfig:
         return config
     folder = Path(config.model.weights).resolve()
     try:
-        with open_checkpoint(folder) as checkpoint:
+        with open_checkpoint(folder, spec) as checkpoint:
             check_tensors(entries_of(checkpoint), spec, folder)
     except ValueError as error:
         raise ValueError(f"model.weights = {config.model.weights!r}: {error}") from error

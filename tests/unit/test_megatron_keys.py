@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,20 @@ def test_a_folder_is_opened_by_what_it_holds(tmp_path: Path) -> None:
         with open_checkpoint(folder) as checkpoint:
             assert type(checkpoint) is kind
             assert torch.equal(checkpoint.tensor("model.norm.weight"), hf["model.norm.weight"])
+
+
+def test_a_folder_without_a_config_is_opened_as_the_model_that_is_named(tmp_path: Path) -> None:
+    hf, spec = make_megatron(tmp_path / "m", "llama")
+    other = replace(spec, ffn_size=2 * spec.ffn_size)
+    with open_checkpoint(tmp_path / "m", other) as checkpoint:  # its own config counts
+        assert checkpoint.shape("model.layers.0.mlp.up_proj.weight")[0] == spec.ffn_size
+    (tmp_path / "m" / "hf").rename(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"has no hf/config.json, as a training checkpoint"):
+        open_checkpoint(tmp_path / "m")
+    with open_checkpoint(tmp_path / "m", spec) as checkpoint:
+        assert torch.equal(checkpoint.tensor("model.norm.weight"), hf["model.norm.weight"])
+    with pytest.raises(ValueError, match=r"wrong shape: decoder.layers.mlp.linear_fc1.weight"):
+        open_checkpoint(tmp_path / "m", other)
 
 
 def test_a_training_checkpoint_needs_to_be_told_its_model(tmp_path: Path) -> None:
