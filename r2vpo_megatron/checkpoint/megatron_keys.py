@@ -107,7 +107,7 @@ class MegatronCheckpoint(Closing):
             key
             for key in self._reader.tensors
             if key not in used
-            and _unwrapped(key).startswith(_WEIGHT_PREFIXES)
+            and unwrapped(key).startswith(_WEIGHT_PREFIXES)
             and "._extra_state" not in key
         ]
         for key in used:
@@ -115,7 +115,7 @@ class MegatronCheckpoint(Closing):
 
     def _map(self) -> set[str]:
         """Fill in the sources, in the order of a Hugging Face checkpoint; the keys they use."""
-        keys = {_unwrapped(key): key for key in self._reader.tensors}
+        keys = {unwrapped(key): key for key in self._reader.tensors}
         missing: dict[str, None] = {}  # in order, each once
         misshapen: dict[str, None] = {}
         used = set()
@@ -257,7 +257,8 @@ def _fused(name: str) -> str:
     return name
 
 
-def _unwrapped(key: str) -> str:
+def unwrapped(key: str) -> str:
+    """A key without what a wrapper such as DistributedDataParallel puts before it."""
     while key.startswith(_WRAPPER):
         key = key.removeprefix(_WRAPPER)
     return key

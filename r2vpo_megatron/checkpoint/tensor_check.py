@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from r2vpo_megatron.checkpoint.layout import Placement, placements
 from r2vpo_megatron.checkpoint.safetensors_header import TensorEntry
@@ -27,23 +29,28 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     }
 
 
-class TensorSource(Protocol):
-    """What can tell its tensors: CheckpointReader, MegatronCheckpoint."""
+class TensorReader(Protocol):
+    """A checkpoint folder, of either format, as Hugging Face tensors."""
+
+    folder: Path
 
     def names(self) -> list[str]:
-        """Of all tensors."""
-        ...
+        """All tensor names."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
-        ...
+        """Shape of a tensor."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
-        ...
+        """As it is stored."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+
+    def read_slice(self, name: str, dimension: int, start: int, stop: int) -> Tensor:
+        """tensor[start:stop] along a dimension."""
 
 
-def entries_of(source: TensorSource) -> dict[str, TensorEntry]:
+def entries_of(source: TensorReader) -> dict[str, TensorEntry]:
     """All its tensors, in its order."""
     return {
         name: TensorEntry(name, source.dtype(name), source.shape(name)) for name in source.names()
@@ -56,6 +63,31 @@ def is_dropped(name: str, spec: ModelSpec) -> bool:
     if spec.tied_embeddings and name == names.lm_head:
         return True
     return name.endswith(names.ignored_suffixes)
+
+
+@dataclass(frozen=True)
+class TensorFaults:
+    """Where a checkpoint's tensors are not those of the model; each for a person to read."""
+
+    unmapped: tuple[str, ...]  # no place in the model
+    unfilled: tuple[str, ...]  # not in the checkpoint
+    misshapen: tuple[str, ...]
+
+
+def tensor_faults(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> TensorFaults:
+    """Compare the names and shapes of a checkpoint with what the model has."""
+    expected = expected_tensors(spec)
+    tied = {ARCHITECTURES[spec.architecture].names.lm_head: (spec.vocab_size, spec.hidden_size)}
+    known = expected | (tied if spec.tied_embeddings else {})
+    return TensorFaults(
+        tuple(name for name in shapes if name not in expected and not is_dropped(name, spec)),
+        tuple(name for name in expected if name not in shapes),
+        tuple(
+            f"{name} {list(shapes[name])}, expected {list(shape)}"
+            for name, shape in known.items()
+            if name in shapes and shapes[name] != shape
+        ),
+    )
 
 
 def check_tensors(
@@ -74,9 +106,8 @@ def check_tensors(
         ValueError: listing the unmapped, the unfilled, those of a wrong shape or a dtype that is
             not floating, and parts of one Megatron tensor whose dtypes differ.
     """
+    faults = tensor_faults({name: entry.shape for name, entry in source.items()}, spec)
     expected = expected_tensors(spec)
-    tied = {ARCHITECTURES[spec.architecture].names.lm_head: (spec.vocab_size, spec.hidden_size)}
-    shapes = expected | (tied if spec.tied_embeddings else {})
     kept = {name: entry for name, entry in source.items() if name in expected}
     wrong_dtypes = [
         f"{name} {dtype_name(entry.dtype)}"
@@ -85,16 +116,10 @@ def check_tensors(
     ]
     if keep_dtypes and not wrong_dtypes:
         wrong_dtypes = _mixed_dtypes(kept, spec)
-    problems = {
-        "unmapped (not used by this model)": sorted(
-            name for name in source if name not in expected and not is_dropped(name, spec)
-        ),
-        "unfilled (missing in the checkpoint)": [name for name in expected if name not in source],
-        "wrong shape": [
-            f"{name} {list(source[name].shape)}, expected {list(shape)}"
-            for name, shape in shapes.items()
-            if name in source and source[name].shape != shape
-        ],
+    problems: dict[str, Sequence[str]] = {
+        "unmapped (not used by this model)": sorted(faults.unmapped),
+        "unfilled (missing in the checkpoint)": faults.unfilled,
+        "wrong shape": faults.misshapen,
         "wrong dtype (valid: float32, bfloat16, float16; for parts of one Megatron tensor the "
         "same, or --dtype)": wrong_dtypes,
     }

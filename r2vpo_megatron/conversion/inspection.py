@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2vpo_megatron.checkpoint.megatron_keys import MegatronCheckpoint
+from r2vpo_megatron.checkpoint.megatron_keys import MegatronCheckpoint, unwrapped
 from r2vpo_megatron.checkpoint.safetensors_header import read_header
 from r2vpo_megatron.checkpoint.safetensors_io import CheckpointReader
-from r2vpo_megatron.checkpoint.tensor_check import expected_tensors
+from r2vpo_megatron.checkpoint.tensor_check import (
+    TensorReader,
+    dtype_name,
+    expected_tensors,
+    tensor_faults,
+)
 from r2vpo_megatron.checkpoint.torch_dist import StoredTensor, TorchDistReader, is_torch_dist
 from r2vpo_megatron.conversion.hf_export import checkpoint_folder
-from r2vpo_megatron.conversion.verify import TensorReader, dtype_name, tensor_sha256
+from r2vpo_megatron.conversion.verify import tensor_sha256
 from r2vpo_megatron.models import ARCHITECTURES
 from r2vpo_megatron.models.spec import ModelSpec, read_model_spec
 
@@ -170,7 +175,7 @@ def _inspect_torch_dist(folder: Path, given: Path, sha256: bool, trust_pickle: b
         report.files = [InspectedFile(name, size, "") for name, size in sorted(sizes.items())]
         return report
     with reader:
-        stored = {_unwrapped(key): tensor for key, tensor in reader.tensors.items()}
+        stored = {unwrapped(key): tensor for key, tensor in reader.tensors.items()}
         report.optimizer_state = any(_part_of(key) == "optimizer" for key in stored)
         _check_chunks(report, reader)
         try:
@@ -275,20 +280,14 @@ def _compare_with_config(report: Inspection, spec: ModelSpec) -> None:
     names = ARCHITECTURES[spec.architecture].names
     expected = expected_tensors(spec)
     present = {tensor.name: tensor for tensor in report.tensors}
-    missing = [name for name in expected if name not in present]
     extra = [name for name in present if name not in expected]
     computed = [name for name in extra if name.endswith(names.ignored_suffixes)]
     tied = [name for name in extra if spec.tied_embeddings and name == names.lm_head]
-    unused = [name for name in extra if name not in {*computed, *tied}]
-    misshapen = [
-        f"{name} {list(present[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in present and present[name].shape != shape
-    ]
+    faults = tensor_faults({name: tensor.shape for name, tensor in present.items()}, spec)
     for title, found in (
-        ("missing", missing),
-        ("not used by this model", unused),
-        ("wrong shape", misshapen),
+        ("missing", faults.unfilled),
+        ("not used by this model", faults.unmapped),
+        ("wrong shape", faults.misshapen),
     ):
         if found:
             report.problems.append(f"{title}: {', '.join(found)}")
@@ -342,13 +341,6 @@ def _check_chunks(report: Inspection, reader: TorchDistReader) -> None:
 def _place_of(error: Exception) -> str:
     """The file that a message begins with."""
     return str(error).split(": ")[0] + ": "
-
-
-def _unwrapped(key: str) -> str:
-    """Without what a wrapper such as DistributedDataParallel puts before it."""
-    while key.startswith("module."):
-        key = key.removeprefix("module.")
-    return key
 
 
 def _layers_of(key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[int]:

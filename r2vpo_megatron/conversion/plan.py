@@ -168,9 +168,17 @@ def check_folders(source: Path, output: Path, others: Iterable[Path] = ()) -> No
             )
 
 
-def row_blocks(num_rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of rows (start, stop) of at most BLOCK_BYTES, or of one row that exceeds it."""
-    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+def row_blocks(
+    num_rows: int, row_bytes: int, block_bytes: int | None = None
+) -> list[tuple[int, int]]:
+    """Ranges of rows (start, stop) of at most `block_bytes`, or of one row that exceeds it.
+
+    Args:
+        num_rows: to cover.
+        row_bytes: of a row.
+        block_bytes: by default BLOCK_BYTES.
+    """
+    rows = max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // max(1, row_bytes))
     return [(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 

@@ -17,14 +17,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r2vpo_megatron.checkpoint.megatron_keys import MegatronCheckpoint, open_checkpoint
 from r2vpo_megatron.checkpoint.safetensors_stream import tensor_bytes
-from r2vpo_megatron.checkpoint.tensor_check import dtype_name
+from r2vpo_megatron.checkpoint.tensor_check import TensorReader, dtype_name
+from r2vpo_megatron.conversion.plan import row_blocks
 from r2vpo_megatron.models import ARCHITECTURES
 from r2vpo_megatron.models.spec import ModelSpec, read_model_spec
 
@@ -34,27 +35,6 @@ LOGITS_LIMIT_BYTES = 2 * 2**30  # fp32 parameters up to which logits are compare
 
 _MAX_LISTED = 8
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class TensorReader(Protocol):
-    """A checkpoint folder, of either format, as Hugging Face tensors."""
-
-    folder: Path
-
-    def names(self) -> list[str]:
-        """All tensor names."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As it is stored."""
-
-    def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
-
-    def read_slice(self, name: str, dimension: int, start: int, stop: int) -> Tensor:
-        """tensor[start:stop] along a dimension."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +161,9 @@ def compare_tensors(
             yield compare_tensor(name, source, target, dtype=dtype, progress=progress)
 
 
-def row_blocks(
+def tensor_blocks(
     shape: tuple[int, ...], item_bytes: int, block_bytes: int = BLOCK_BYTES
-) -> Iterator[tuple[int, int]]:
+) -> list[tuple[int, int]]:
     """Ranges of rows (start, stop) that cover a tensor in blocks of at most `block_bytes`.
 
     Args:
@@ -191,16 +171,14 @@ def row_blocks(
         item_bytes: of one element.
         block_bytes: one row may exceed it.
     """
-    row_bytes = max(1, math.prod(shape[1:]) * item_bytes)
-    num_rows, block_rows = (shape[0] if shape else 1), max(1, block_bytes // row_bytes)
-    for start in range(0, num_rows, block_rows):
-        yield start, min(start + block_rows, num_rows)
+    num_rows = shape[0] if shape else 1
+    return row_blocks(num_rows, math.prod(shape[1:]) * item_bytes, block_bytes)
 
 
 def tensor_sha256(reader: TensorReader, name: str) -> str:
     """Digest of a tensor's bytes in row-major order, read block by block."""
     digest = hashlib.sha256()
-    for start, stop in row_blocks(reader.shape(name), reader.dtype(name).itemsize):
+    for start, stop in tensor_blocks(reader.shape(name), reader.dtype(name).itemsize):
         digest.update(tensor_bytes(_read_rows(reader, name, start, stop)))
     return digest.hexdigest()
 
@@ -329,7 +307,7 @@ def compare_tensor(
         )
     of_source, of_target = hashlib.sha256(), hashlib.sha256()
     wider = max(source_dtype.itemsize, target_dtype.itemsize)
-    for start, stop in row_blocks(shape, wider):
+    for start, stop in tensor_blocks(shape, wider):
         first = _read_rows(source, source_name, start, stop)
         second = _read_rows(target, name, start, stop)
         cast = first.to(target_dtype)

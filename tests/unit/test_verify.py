@@ -18,7 +18,7 @@ from r2vpo_megatron.conversion.verify import (
     Verification,
     compare_tensor,
     compare_tensors,
-    row_blocks,
+    tensor_blocks,
     tensor_sha256,
 )
 from r2vpo_megatron.models.spec import ModelSpec
@@ -100,14 +100,14 @@ def test_digests_are_those_of_the_row_major_bytes() -> None:
 
 def test_nothing_larger_than_a_block_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {tensor.name: tensor for tensor in compare_tensors(*pair(), SPEC)}
-    monkeypatch.setattr(row_blocks, "__defaults__", (100,))
+    monkeypatch.setattr(tensor_blocks, "__defaults__", (100,))
     source, target = pair()
     in_blocks = {tensor.name: tensor for tensor in compare_tensors(source, target, SPEC)}
     assert in_blocks == whole
     assert source.largest_read == target.largest_read == 96  # three rows of 8, two of 12
-    assert list(row_blocks((5, 8), 4)) == [(0, 3), (3, 5)]
-    assert list(row_blocks((0, 8), 4)) == []
-    assert list(row_blocks((), 4)) == [(0, 1)]
+    assert list(tensor_blocks((5, 8), 4)) == [(0, 3), (3, 5)]
+    assert list(tensor_blocks((0, 8), 4)) == []
+    assert list(tensor_blocks((), 4)) == [(0, 1)]
 
 
 def test_progress_counts_the_targets_bytes() -> None:
@@ -121,7 +121,7 @@ def test_progress_counts_the_targets_bytes() -> None:
 def test_a_changed_bit_is_named_with_its_index(
     block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_blocks, "__defaults__", (block_bytes,))
+    monkeypatch.setattr(tensor_blocks, "__defaults__", (block_bytes,))
     name = "model.layers.1.mlp.down_proj.weight"
     source, target = pair()
     target.tensors[name][5, 7] = 2.5
