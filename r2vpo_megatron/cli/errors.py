@@ -23,7 +23,8 @@ PACKAGE_EXTRAS = {
     "torch_npu": "npu",
     "tensorboard": "report",
     "matplotlib": "report",
-    "pyarrow": "parquet",
+    "pyarrow": "data",
+    "datasets": "data",
 }
 
 # What a user's mistake raises before a run starts. Everything else is a fault of the code, and its
