@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from r2vpo_megatron.records import Prompt
 
+# Why there is no verdict by comparison; such an answer counts as wrong.
+FAILURES = ("timeout", "memory", "crash", "too_long")
+
 
 @dataclass(frozen=True)
 class RewardResult:
@@ -16,6 +19,16 @@ class RewardResult:
     acc: bool  # counted as right; accuracy is its mean
     pred: str | None  # the extracted answer, for logs
     parsed: bool  # an answer was found at all
+    failure: str = ""  # one of FAILURES where the answer could not be judged
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether two answers denote the same."""
+
+    equal: bool
+    failure: str = ""  # one of FAILURES; then `equal` is False
+    is_lasting: bool = True  # the same pair would get the same verdict again
 
 
 # (prompt, response text with special tokens skipped) -> verdict

@@ -12,14 +12,14 @@ import pytest
 from r2vpo_megatron.records import Prompt
 from r2vpo_megatron.rewards import REWARDS, RewardResult, load_reward
 from r2vpo_megatron.rewards.extraction import last_answer_line, last_boxed
-from r2vpo_megatron.rewards.math_dapo import MODES, compute_score
+from r2vpo_megatron.rewards.math_dapo import STRING_MODES, compute_score
 from r2vpo_megatron.rewards.normalization import normalize_answer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFORMANCE = REPOSITORY.parent / "shared" / "conformance" / "math_dapo_cases.jsonl"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", STRING_MODES)
 def test_agrees_with_every_row_of_the_conformance_table(mode: str) -> None:
     if not CONFORMANCE.is_file():
         pytest.skip(f"no conformance table at {CONFORMANCE}")
@@ -107,8 +107,10 @@ def test_extraction_takes_the_last_answer_and_the_last_closed_box() -> None:
 
 def test_windows_are_counted_in_characters_from_the_end() -> None:
     answer = "Answer: 7"
-    assert compute_score(answer + "\n" + "x" * (299 - len(answer)), "7")["acc"]
-    assert not compute_score(answer + "\n" + "x" * (300 - len(answer)), "7")["acc"]
+    assert compute_score(answer + "\n" + "x" * (299 - len(answer)), "7", "minerva")["acc"]
+    assert not compute_score(answer + "\n" + "x" * (300 - len(answer)), "7", "minerva")["acc"]
+    assert compute_score(answer + "\n" + "x" * (999 - len(answer)), "7")["acc"]
+    assert not compute_score(answer + "\n" + "x" * (1000 - len(answer)), "7")["acc"]
     box = "\\boxed{7}"
     assert compute_score(box + "x" * (100 - len(box)), "7", "strict_box")["acc"]
     assert not compute_score(box + "x" * (101 - len(box)), "7", "strict_box")["acc"]
@@ -122,38 +124,43 @@ def test_boxes_are_compared_raw() -> None:
 
 
 def test_unknown_mode_lists_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match="'sybolic'.*minerva, boxed_fallback, strict_box"):
+    with pytest.raises(
+        ValueError, match="'sybolic'.*symbolic, minerva, boxed_fallback, strict_box"
+    ):
         compute_score("Answer: 1", "1", "sybolic")
+
+
+def test_default_mode_is_symbolic_and_has_exactly_three_keys() -> None:
+    assert compute_score("**Answer:** 034", "34") == {"score": 1.0, "acc": True, "pred": "34"}
+    assert compute_score("34", "34") == {"score": -1.0, "acc": False, "pred": None}
+    assert compute_score("Answer: 5=34", "34") == {"score": -1.0, "acc": False, "pred": "5=34"}
 
 
 def test_registry_gives_results_of_the_named_mode() -> None:
     prompt = Prompt("p", (1,), "34")
-    assert load_reward("math_dapo")(prompt, "Answer: 34") == RewardResult(1.0, True, "34", True)
-    assert load_reward("math_dapo")(prompt, "34") == RewardResult(-1.0, False, "[INVALID]", False)
+    assert load_reward("math_dapo")(prompt, "**Answer:** 34") == RewardResult(1.0, True, "34", True)
+    assert load_reward("math_dapo")(prompt, "34") == RewardResult(-1.0, False, None, False)
+    minerva = load_reward("math_dapo_minerva")
+    assert minerva(prompt, "Answer: 34") == RewardResult(1.0, True, "34", True)
+    assert minerva(prompt, "**Answer:** 34") == RewardResult(-1.0, False, "**34", True)
+    assert minerva(prompt, "34") == RewardResult(-1.0, False, "[INVALID]", False)
     assert load_reward("math_dapo_boxed_fallback")(prompt, "\\boxed{34}").acc
     assert load_reward("math_dapo_strict_box")(prompt, "34") == RewardResult(
         -1.0, False, None, False
     )
-
-
-def test_load_reward_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_reward_for_test.py").write_text("def always(prompt, text):\n    return 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert load_reward("my_reward_for_test:always")(Prompt("p", (1,), "1"), "") == 1
-    with pytest.raises(ValueError, match="no function 'never'; it has: always"):
-        load_reward("my_reward_for_test:never")
-    with pytest.raises(ValueError, match="cannot import 'no_such_module_x'"):
-        load_reward("no_such_module_x:f")
-    with pytest.raises(ValueError, match="unknown; valid: math_dapo, "):
-        load_reward("math_dap")
-    assert set(REWARDS) == {"math_dapo", "math_dapo_boxed_fallback", "math_dapo_strict_box"}
+    assert list(REWARDS) == [
+        "math_dapo",
+        "math_dapo_minerva",
+        "math_dapo_boxed_fallback",
+        "math_dapo_strict_box",
+    ]
 
 
 def test_importing_needs_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, r2vpo_megatron.rewards.math_dapo, r2vpo_megatron.data.packing, "
+        "import sys, r2vpo_megatron.rewards, r2vpo_megatron.data.packing, "
         "r2vpo_megatron.data.prompts, r2vpo_megatron.replay\n"
-        "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
+        "print([name for name in ('torch', 'ray', 'transformers', 'sympy') if name in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True

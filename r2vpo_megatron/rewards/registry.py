@@ -1,0 +1,115 @@
+"""Rewards by name: our own, an importable function, or a function in a file of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from r2vpo_megatron.records import Prompt
+from r2vpo_megatron.rewards.math_dapo import MathDapoReward
+from r2vpo_megatron.rewards.result import RewardFunction, RewardResult
+
+REWARDS: dict[str, RewardFunction] = {
+    "math_dapo": MathDapoReward("symbolic"),
+    "math_dapo_minerva": MathDapoReward("minerva"),
+    "math_dapo_boxed_fallback": MathDapoReward("boxed_fallback"),
+    "math_dapo_strict_box": MathDapoReward("strict_box"),
+}
+
+
+def load_reward(name: str) -> RewardFunction:
+    """Return the reward function `name` stands for.
+
+    Args:
+        name: A key of `REWARDS`, or "package.module:function" or "path/to/file.py:function" of a
+            function (prompt: Prompt, response_text: str) -> RewardResult.
+
+    Raises:
+        ValueError: Nothing callable has this name, or its file raises; names file and line.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module_name, separator, function_name = name.rpartition(":")
+    if not (separator and module_name and function_name):
+        raise ValueError(
+            f"reward {name!r} is unknown; valid: {', '.join(REWARDS)}, or "
+            f"'package.module:function' or 'path/to/file.py:function'"
+        )
+    if module_name.endswith(".py"):
+        module = _import_file(name, Path(module_name))
+    else:
+        module = _import_module(name, module_name)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise ValueError(
+            f"reward {name!r}: {module_name!r} has no function {function_name!r}; "
+            f"it has: {', '.join(sorted(public)) or 'none'}"
+        )
+    reward: RewardFunction = function
+    return reward
+
+
+def score_responses(
+    reward: RewardFunction, prompts: Sequence[Prompt], response_texts: Sequence[str]
+) -> list[RewardResult]:
+    """Judge responses in their order, all at once where the reward has `score_batch`.
+
+    Args:
+        reward: Of `load_reward`.
+        prompts: One a response; a prompt with 8 responses stands here 8 times.
+        response_texts: Decoded, special tokens skipped.
+
+    Raises:
+        ValueError: The reward gave another number of results than there are responses.
+    """
+    if len(prompts) != len(response_texts):
+        raise ValueError(f"{len(prompts)} prompts for {len(response_texts)} responses")
+    score_batch = getattr(reward, "score_batch", None)
+    if score_batch is None:
+        return [reward(prompt, text) for prompt, text in zip(prompts, response_texts, strict=True)]
+    results = list(score_batch(prompts, response_texts))
+    if len(results) != len(prompts):
+        raise ValueError(f"score_batch gave {len(results)} results for {len(prompts)} responses")
+    return results
+
+
+def _import_module(name: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"reward {name!r}: cannot import {module_name!r}: {error}") from error
+
+
+def _import_file(name: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"reward {name!r}: no such file {str(path)!r}")
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    # As the import system does: dataclasses defined in the file look themselves up here.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's code may raise anything
+        del sys.modules[spec.name]
+        raise _file_failed(error, path) from error
+    return module
+
+
+def _file_failed(error: Exception, path: Path) -> ValueError:
+    """Name the file's own line, which is where the user can do something."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return ValueError(f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}")
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).absolute() == path.absolute()
+    ]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    return ValueError(f"{where}: {type(error).__name__}: {error}")
