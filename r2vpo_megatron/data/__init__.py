@@ -1,1 +1,1 @@
-"""Prompts, chat templates and packed micro-batches."""
+"""Data sets, prompts, chat templates and packed micro-batches."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from r2vpo_megatron.data.chat_templates import Message
+from r2vpo_megatron.data.row_fields import ANSWER_VALUES, answer_text, field_error
+from r2vpo_megatron.data.row_files import read_rows
 from r2vpo_megatron.records import IntArray
-
-Message = dict[str, str]  # {"role": ..., "content": ...}
 
 ROLES = ("system", "user", "assistant")
 _KNOWN_FIELDS = frozenset({"prompt_id", "messages", "prompt", "ground_truth"})
@@ -61,14 +62,9 @@ def load_prompts(path: str | Path) -> list[RawPrompt]:
             id twice; the message starts with "file:line:".
     """
     path = Path(path)
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"prompt file {path}: type {path.suffix!r}; valid: {', '.join(readers)}")
-    if not path.is_file():
-        raise ValueError(f"prompt file {path}: no such file")
     prompts: list[RawPrompt] = []
     first_seen: dict[str, int] = {}
-    for number, row in readers[path.suffix](path):
+    for number, row in read_rows(path):
         where = f"{path}:{number}"
         prompt = _parse_row(row, where, default_id=f"{path.stem}-{number:07d}")
         if prompt.prompt_id in first_seen:
@@ -78,51 +74,15 @@ def load_prompts(path: str | Path) -> list[RawPrompt]:
             )
         first_seen[prompt.prompt_id] = number
         prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"prompt file {path}: empty; valid: at least one prompt")
     return prompts
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 1, decoded object)."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 (byte {error.start})") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not a JSON object: {error.msg} at column {error.colno}"
-                ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, row as a dict)."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError(
-            f"prompt file {path}: reading .parquet needs the package pyarrow; "
-            "install it or convert the file to .jsonl"
-        ) from error
-    number = 0
-    for batch in parquet.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
-
-
-def _parse_row(row: Any, where: str, default_id: str) -> RawPrompt:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: got {_describe(row)}; valid: a JSON object")
+def _parse_row(row: dict[str, Any], where: str, default_id: str) -> RawPrompt:
     prompt_id = row.get("prompt_id", default_id)
     if isinstance(prompt_id, int) and not isinstance(prompt_id, bool):
         prompt_id = str(prompt_id)
     if not isinstance(prompt_id, str) or not prompt_id:
-        raise _bad_field(where, "prompt_id", prompt_id, "a non-empty string or an integer")
+        raise field_error(where, "prompt_id", prompt_id, "a non-empty string or an integer")
     extra = {key: value for key, value in row.items() if key not in _KNOWN_FIELDS}
     return RawPrompt(prompt_id, _parse_messages(row, where), _parse_ground_truth(row, where), extra)
 
@@ -136,19 +96,19 @@ def _parse_messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:
     if name == "prompt" and isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise _bad_field(where, name, value, "a non-empty list of {role, content}")
+        raise field_error(where, name, value, "a non-empty list of {role, content}")
     messages = []
     for index, message in enumerate(value):
         inner = f"{name}[{index}]"
         if not isinstance(message, dict):
-            raise _bad_field(where, inner, message, "an object {role, content}")
+            raise field_error(where, inner, message, "an object {role, content}")
         if message.get("role") not in ROLES:
-            raise _bad_field(where, f"{inner}.role", message.get("role"), " | ".join(ROLES))
+            raise field_error(where, f"{inner}.role", message.get("role"), " | ".join(ROLES))
         if not isinstance(message.get("content"), str):
-            raise _bad_field(where, f"{inner}.content", message.get("content"), "a string")
+            raise field_error(where, f"{inner}.content", message.get("content"), "a string")
         messages.append({"role": message["role"], "content": message["content"]})
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise _bad_field(where, name, messages[-1], "the last message is the user's and not empty")
+        raise field_error(where, name, messages[-1], "the last message is the user's and not empty")
     return tuple(messages)
 
 
@@ -156,30 +116,26 @@ def _parse_ground_truth(row: dict[str, Any], where: str) -> str:
     name, value = "ground_truth", row.get("ground_truth")
     if "ground_truth" not in row and isinstance(row.get("reward_model"), dict):
         name, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise _bad_field(where, name, value, "a non-empty string or an integer")
-    return value
-
-
-def _bad_field(where: str, name: str, value: Any, valid: str) -> ValueError:
-    return ValueError(f"{where}: field {name}: got {_describe(value)}; valid: {valid}")
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    # Kept as written: padding and spelling are the grader's business.
+    if isinstance(value, str) and value.strip():
+        return value
+    answer = answer_text(value)
+    if answer is None:
+        raise field_error(where, name, value, ANSWER_VALUES)
+    return answer
 
 
 class PromptStream(Generic[PromptT]):
     """Endless, shuffled, resumable batches of prompts.
 
-    Every epoch serves each prompt once, in an order that (seed, epoch) alone decides. A batch may
-    end one epoch and begin the next; only such a batch can hold a prompt twice, so whoever names
-    groups should use the position in the batch as well as the prompt's id.
+    Prompt number n of a run is a function of the prompts, the seed and n alone, whoever asks for
+    it and wherever the run was stopped in between. Every epoch serves each prompt once, in an order
+    that (seed, epoch) decides. A batch may end one epoch and begin the next; only such a batch can
+    hold a prompt twice, so whoever names groups should use the position in the batch as well as the
+    prompt's id.
+
+    Attributes:
+        num_served: Prompts served so far; the number of the next one.
     """
 
     def __init__(self, prompts: Sequence[PromptT], seed: int, prompts_per_iteration: int) -> None:
@@ -205,46 +161,79 @@ class PromptStream(Generic[PromptT]):
         self._seed = seed
         self._batch_size = prompts_per_iteration
         self._epoch = 0
-        self._position = 0
         self._order = self._shuffled(0)
+        self.num_served = 0
 
-    def next_batch(self) -> list[PromptT]:
-        """Return the next `prompts_per_iteration` prompts."""
-        batch: list[PromptT] = []
-        while len(batch) < self._batch_size:
-            if self._position == len(self._prompts):
-                self._epoch += 1
-                self._position = 0
-                self._order = self._shuffled(self._epoch)
-            end = min(self._position + self._batch_size - len(batch), len(self._prompts))
-            batch += [self._prompts[index] for index in self._order[self._position : end]]
-            self._position = end
-        return batch
+    def prompt_at(self, number: int) -> PromptT:
+        """Return prompt `number` of the run, counted from 0; the stream stays where it is.
+
+        Raises:
+            ValueError: The number is negative.
+        """
+        if number < 0:
+            raise ValueError(f"number: {number}; valid: 0 or more")
+        epoch, position = divmod(number, len(self._prompts))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return self._prompts[int(self._order[position])]
+
+    def take(self, count: int) -> list[PromptT]:
+        """Return the next `count` prompts; none for 0.
+
+        Raises:
+            ValueError: The count is negative.
+        """
+        if count < 0:
+            raise ValueError(f"count: {count}; valid: 0 or more")
+        taken = [self.prompt_at(self.num_served + index) for index in range(count)]
+        self.num_served += count
+        return taken
+
+    def next_batch(self, worker: int = 0, num_workers: int = 1) -> list[PromptT]:
+        """Return the next `prompts_per_iteration` prompts, or one worker's share of them.
+
+        Worker w gets the prompts at w, w + num_workers, ... of the batch, so dealing the shares
+        out in turn gives the batch back. Every worker's stream moves on by the whole batch: a saved
+        state is the same on all, and fits another number of workers.
+
+        Args:
+            worker: Whose share, from 0.
+            num_workers: Over how many the batch is dealt out.
+
+        Raises:
+            ValueError: There is no such worker.
+        """
+        if not 0 <= worker < num_workers:
+            raise ValueError(f"worker: {worker}; valid: 0 to num_workers - 1 = {num_workers - 1}")
+        return self.take(self._batch_size)[worker::num_workers]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor, in JSON types, and what it is only valid for."""
+        epoch, position = divmod(self.num_served, len(self._prompts))
         return {
-            "epoch": self._epoch,
-            "position": self._position,
+            "epoch": epoch,
+            "position": position,
             "seed": self._seed,
             "prompts_sha256": self._fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue where `state` was taken, at a batch's end or between.
 
         Raises:
-            ValueError: It was taken with another seed or other prompts.
+            ValueError: It was taken with another seed or other prompts, or is no such state.
         """
         for name, own in (("seed", self._seed), ("prompts_sha256", self._fingerprint())):
-            if state[name] != own:
+            if state.get(name) != own:
                 raise ValueError(
-                    f"prompt stream: {name} is {own}, the saved run had {state[name]}; "
+                    f"prompt stream: {name} is {own}, the saved run had {state.get(name)}; "
                     "valid: resume with the same prompts and the same seed"
                 )
-        self._epoch = int(state["epoch"])
-        self._position = int(state["position"])
-        self._order = self._shuffled(self._epoch)
+        for name in ("epoch", "position"):
+            value = state.get(name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"prompt stream: saved {name} is {value!r}; valid: 0 or more")
+        self.num_served = state["epoch"] * len(self._prompts) + state["position"]
 
     def _shuffled(self, epoch: int) -> IntArray:
         # A sequence as the seed: seed + epoch would give seed 1 the epochs of seed 0, shifted.

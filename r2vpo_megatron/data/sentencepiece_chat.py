@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from r2vpo_megatron.data.prompts import Message
+from r2vpo_megatron.data.chat_templates import Message
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -63,16 +64,33 @@ class SentencePieceChat:
         self.eos_token_id = self._special_ids.get(self._role_tokens.get("eos_token", ""))
         self.pad_token_id = self._special_ids.get(self._role_tokens.get("pad_token", ""))
 
-    def apply_chat_template(self, messages: Sequence[Message], **_options: Any) -> list[int]:
-        """Return the ids of the template's text; no BOS is put in front."""
-        assert self.chat_template is not None
+    def apply_chat_template(
+        self, messages: Sequence[Message], chat_template: str, **_options: Any
+    ) -> str:
+        """Return the template's text, asking for the assistant's next turn."""
         # Block trimming as transformers does it: templates are written for it.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_template_error
-        text = environment.from_string(self.chat_template).render(
+        return environment.from_string(chat_template).render(
             messages=list(messages), add_generation_prompt=True, **self._role_tokens
         )
-        return self._encode(text)
+
+    def encode(self, text: str, **_options: Any) -> list[int]:
+        """Return the ids of the text; no BOS is put in front."""
+        token_ids: list[int] = []
+        pieces = self._splitter.split(text) if self._added_ids else [text]
+        for piece in pieces:
+            if piece in self._added_ids:
+                token_ids.append(self._added_ids[piece])
+            elif piece:
+                token_ids += self._processor.encode(piece)
+        return token_ids
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the id of every piece and added token."""
+        size = self._processor.get_piece_size()
+        pieces = {self._processor.id_to_piece(token_id): token_id for token_id in range(size)}
+        return pieces | self._added_ids
 
     def decode(self, token_ids: Sequence[int], **_options: Any) -> str:
         """Return the text, special tokens left out; other added tokens stay."""
@@ -89,16 +107,6 @@ class SentencePieceChat:
                 ordinary.append(token_id)
         return text + str(self._processor.decode(ordinary))
 
-    def _encode(self, text: str) -> list[int]:
-        token_ids: list[int] = []
-        pieces = self._splitter.split(text) if self._added_ids else [text]
-        for piece in pieces:
-            if piece in self._added_ids:
-                token_ids.append(self._added_ids[piece])
-            elif piece:
-                token_ids += self._processor.encode(piece)
-        return token_ids
-
 
 def _content(token: str | dict[str, Any]) -> str:
     """The text of a token, which configs write plainly or as a serialised AddedToken."""
@@ -106,4 +114,4 @@ def _content(token: str | dict[str, Any]) -> str:
 
 
 def _raise_template_error(message: str) -> None:
-    raise ValueError(f"chat template: {message}")
+    raise TemplateError(message)

@@ -53,6 +53,7 @@ def test_both_forms_of_a_line_and_the_dapo_schema(tmp_path: Path) -> None:
         ({"prompt": "q", "ground_truth": " "}, "field ground_truth: got ' '"),
         ({"prompt": "q", "ground_truth": True}, r"field ground_truth: got True \(bool\)"),
         ({"prompt": "q", "ground_truth": 0.5}, r"field ground_truth: got 0.5 \(float\)"),
+        ({"prompt": "q", "ground_truth": [2]}, r"field ground_truth: got \[2\] \(list\)"),
         ({"prompt": "q", "reward_model": {}}, "field reward_model.ground_truth: got nothing"),
         ({"ground_truth": "1"}, "field messages, prompt: got neither; valid: exactly one"),
         ({"prompt": "q", "messages": [], "ground_truth": "1"}, ".*got both; valid: exactly one"),
@@ -120,6 +121,18 @@ def test_parquet_rows_go_through_the_same_checks(tmp_path: Path) -> None:
     )
 
 
+def test_a_parquet_column_of_float_answers_is_read_as_integers(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "p.parquet"
+    table = pyarrow.table({"prompt": ["a", "b", "c"], "ground_truth": [27.0, -3.0, 0.5]})
+    parquet.write_table(table.slice(0, 2), path)
+    assert [prompt.ground_truth for prompt in load_prompts(path)] == ["27", "-3"]
+    parquet.write_table(table, path)
+    with pytest.raises(ValueError, match=f"^{path}:3: field ground_truth: got 0.5"):
+        load_prompts(path)
+
+
 def prompts(count: int) -> list[RawPrompt]:
     message = {"role": "user", "content": "q"}
     return [RawPrompt(f"p{i:03d}", (message,), "1") for i in range(count)]
@@ -149,6 +162,73 @@ def test_stream_visits_each_prompt_once_an_epoch_and_resumes(
     resumed = PromptStream(prompts(count), seed, batch)
     resumed.load_state_dict(state)
     assert ids(resumed, 10 - cut) == served[cut * batch :]
+
+
+@given(
+    count=st.integers(1, 9),
+    seed=st.integers(0, 3),
+    sizes=st.lists(st.integers(0, 11), max_size=6),
+    number=st.integers(0, 60),
+)
+def test_prompt_number_n_is_the_same_whatever_was_served_before(
+    count: int, seed: int, sizes: list[int], number: int
+) -> None:
+    reference = ids(PromptStream(prompts(count), seed, 61), 1)
+    stream = PromptStream(prompts(count), seed, 4)
+    served: list[str] = []
+    for size in sizes:  # resumed at any prompt, not at a batch's end only
+        state = json.loads(json.dumps(stream.state_dict()))
+        stream = PromptStream(prompts(count), seed, 7)
+        stream.load_state_dict(state)
+        served += [prompt.prompt_id for prompt in stream.take(size)]
+        assert stream.prompt_at(number).prompt_id == reference[number]
+    assert stream.num_served == len(served) == sum(sizes)
+    assert served == reference[: len(served)]
+
+
+@given(
+    count=st.integers(1, 9),
+    batch=st.integers(1, 10),
+    num_workers=st.integers(1, 5),
+    other_workers=st.integers(1, 5),
+)
+def test_any_number_of_workers_serves_the_same_sequence(
+    count: int, batch: int, num_workers: int, other_workers: int
+) -> None:
+    reference = ids(PromptStream(prompts(count), 1, batch), 6)
+    served: list[str] = []
+    state = PromptStream(prompts(count), 1, batch).state_dict()
+    for number_now in (num_workers, other_workers):  # a run goes on with another number of them
+        streams = [PromptStream(prompts(count), 1, batch) for _ in range(number_now)]
+        for stream in streams:
+            stream.load_state_dict(state)
+        for _ in range(3):
+            shares = [stream.next_batch(w, number_now) for w, stream in enumerate(streams)]
+            dealt = [shares[i % number_now][i // number_now] for i in range(batch)]
+            assert sum(map(len, shares)) == batch
+            served += [prompt.prompt_id for prompt in dealt]
+        states = [stream.state_dict() for stream in streams]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+    assert served == reference
+
+
+def test_the_stream_refuses_what_is_no_position() -> None:
+    stream = PromptStream(prompts(3), 0, 2)
+    with pytest.raises(ValueError, match="number: -1; valid: 0 or more"):
+        stream.prompt_at(-1)
+    with pytest.raises(ValueError, match="count: -2; valid: 0 or more"):
+        stream.take(-2)
+    for worker, num_workers in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"worker: {worker}; valid: 0 to num_workers - 1"):
+            stream.next_batch(worker, num_workers)
+    state = stream.state_dict()
+    with pytest.raises(ValueError, match="saved position is -1; valid: 0 or more"):
+        stream.load_state_dict({**state, "position": -1})
+    with pytest.raises(ValueError, match="saved epoch is None; valid: 0 or more"):
+        stream.load_state_dict({**state, "epoch": None})
+    with pytest.raises(ValueError, match="the saved run had None"):
+        stream.load_state_dict({})
 
 
 def test_epochs_and_seeds_differ_in_order() -> None:
