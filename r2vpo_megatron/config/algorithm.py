@@ -25,6 +25,11 @@ class AlgorithmConfig:
     """Weight of the policy's entropy in the objective; at 0 it is reported without gradient."""
     overlong_buffer_tokens: int = 0
     """Tokens before rollout.max_response_tokens over which a reward falls by up to 1; 0: off."""
+    format_checks: str = ""
+    """Checks of a response's form, by name with commas between
+    (r2vpo_megatron.rewards.FORMAT_CHECKS); the share that fails is a metric."""
+    format_penalty: float = 0.0
+    """What a response that fails any of format_checks loses of its reward."""
     filter_zero_advantage_groups: bool = False
     """Leave groups whose rewards are all equal out of the updates."""
     ratio_penalty: float = 0.04
@@ -41,6 +46,11 @@ class AlgorithmConfig:
     """Lower end of lambda under the multiplicative controller."""
     ratio_penalty_max: float = 1e3
     """Upper end of lambda under the multiplicative controller."""
+
+    @property
+    def format_check_names(self) -> tuple[str, ...]:
+        """`format_checks` one by one."""
+        return tuple(name.strip() for name in self.format_checks.split(",") if name.strip())
 
     def __post_init__(self) -> None:
         require_choice(
@@ -73,6 +83,18 @@ class AlgorithmConfig:
             "algorithm.overlong_buffer_tokens",
             self.overlong_buffer_tokens,
             "0 (off) or above",
+        )
+        require(
+            0 <= self.format_penalty < float("inf"),
+            "algorithm.format_penalty",
+            self.format_penalty,
+            "0 or above, and finite",
+        )
+        require(
+            self.format_penalty == 0 or bool(self.format_check_names),
+            "algorithm.format_penalty",
+            self.format_penalty,
+            "0 without algorithm.format_checks",
         )
         require(
             0 <= self.entropy_coefficient < float("inf"),

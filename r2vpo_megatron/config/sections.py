@@ -62,7 +62,14 @@ class DataConfig:
     held_out_prompts: str = ""
     """Prompt file evaluated during training; empty: the testbed's own, else none."""
     reward: str = "math_dapo"
-    """Reward by name, or module:function of your own."""
+    """Reward by name (r2vpo_megatron.rewards.REWARDS), or file.py:function or module:function of
+    your own."""
+    chat_template: str = "model"
+    """Chat template by name (r2vpo_megatron.data.chat.CHAT_TEMPLATES); model: the tokenizer's."""
+    thinking: str = ""
+    """How an openPangu model thinks: slow (its own default), fast or auto; empty: as it is."""
+    check_answer_form: bool = True
+    """Refuse prompts that ask for an answer in a form that the reward does not read."""
 
 
 @dataclass(frozen=True)

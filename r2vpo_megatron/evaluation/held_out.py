@@ -10,7 +10,7 @@ import numpy as np
 
 from r2vpo_megatron.data.chat import ChatTokenizer
 from r2vpo_megatron.records import Generation, GenerationRequest, Prompt
-from r2vpo_megatron.rewards import RewardFunction
+from r2vpo_megatron.rewards import RewardFunction, score_responses
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 
 
@@ -54,8 +54,6 @@ class HeldOutSet:
             stop_token_ids=self.tokenizer.stop_token_ids,
         )
         generations = generator.generate(requests, replace(sampling, greedy=greedy))
-        verdicts = [
-            self.reward(prompt, self.tokenizer.decode_response(generation.token_ids)).acc
-            for prompt, generation in zip(self.prompts, generations, strict=True)
-        ]
-        return float(np.mean(verdicts))
+        texts = [self.tokenizer.decode_response(generation.token_ids) for generation in generations]
+        results = score_responses(self.reward, self.prompts, texts)
+        return float(np.mean([result.acc for result in results]))

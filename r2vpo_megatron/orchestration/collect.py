@@ -11,8 +11,9 @@ from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.chat import ChatTokenizer
 from r2vpo_megatron.orchestration.groups import LearnerGroup, RolloutGroup
 from r2vpo_megatron.orchestration.iteration_metrics import Metrics, logprob_gap
+from r2vpo_megatron.orchestration.scoring import score_generations
 from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory
-from r2vpo_megatron.rewards import RewardFunction, RewardResult, overlong_penalty
+from r2vpo_megatron.rewards import RewardFunction, RewardResult
 from r2vpo_megatron.rl.advantages import group_advantages
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 
@@ -54,11 +55,8 @@ class Collector:
         # Weights are pushed as version `iteration` at the end of each, 0 being the checkpoint.
         assert {generation.policy_version for generation in generations} == {iteration - 1}
         repeated = [prompt for prompt in prompts for _ in range(num_responses)]
-        results = [
-            self.reward(prompt, self.tokenizer.decode_response(generation.token_ids))
-            for prompt, generation in zip(repeated, generations, strict=True)
-        ]
-        results, shaping = shape_rewards(results, generations, self.config)
+        texts = [self.tokenizer.decode_response(generation.token_ids) for generation in generations]
+        results, scoring = score_generations(self.config, self.reward, repeated, generations, texts)
         trajectories = [
             trajectory
             for start in range(0, len(requests), num_responses)
@@ -70,7 +68,7 @@ class Collector:
             )
         ]
         trajectories, gap = self._with_behavior_logprobs(trajectories)
-        return trajectories, _response_metrics(generations, results) | shaping | gap
+        return trajectories, scoring | _response_metrics(generations) | gap
 
     def _sampling(self) -> SamplingSettings:
         rollout = self.config.rollout
@@ -127,47 +125,16 @@ class Collector:
         ], metrics
 
 
-def shape_rewards(
-    results: Sequence[RewardResult], generations: Sequence[Generation], config: RunConfig
-) -> tuple[list[RewardResult], Metrics]:
-    """Add the penalty of overlong responses to the scores, where it is on.
-
-    Returns:
-        The verdicts with the scores that advantages are formed from, and the mean penalty.
-    """
-    buffer_tokens = config.algorithm.overlong_buffer_tokens
-    if buffer_tokens == 0:
-        return list(results), {}
-    penalties = [
-        overlong_penalty(
-            len(generation.token_ids),
-            max_tokens=config.rollout.max_response_tokens,
-            buffer_tokens=buffer_tokens,
-        )
-        for generation in generations
-    ]
-    shaped = [
-        replace(result, score=result.score + penalty)
-        for result, penalty in zip(results, penalties, strict=True)
-    ]
-    return shaped, {"reward/overlong_penalty": float(np.mean(penalties))}
-
-
 def _request_seed(seed: int, iteration: int, index: int, response: int) -> int:
     """A 32-bit seed of one response, whatever engine samples it and when."""
     return int(np.random.SeedSequence([seed, iteration, index, response]).generate_state(1)[0])
 
 
-def _response_metrics(
-    generations: Sequence[Generation], results: Sequence[RewardResult]
-) -> Metrics:
-    """Rewards and lengths of one iteration's responses."""
+def _response_metrics(generations: Sequence[Generation]) -> Metrics:
+    """Lengths and ends of one iteration's responses."""
     lengths = [len(generation.token_ids) for generation in generations]
     truncated = [generation.finish_reason == "length" for generation in generations]
     return {
-        "reward/mean": float(np.mean([result.score for result in results])),
-        "reward/accuracy": float(np.mean([result.acc for result in results])),
-        "reward/unparsed_fraction": 1.0 - float(np.mean([result.parsed for result in results])),
         "response/mean_tokens": float(np.mean(lengths)),
         "response/max_tokens": float(max(lengths)),
         "response/truncated_fraction": float(np.mean(truncated)),

@@ -12,13 +12,14 @@ from r2vpo_megatron.checkpoint.megatron_keys import open_checkpoint
 from r2vpo_megatron.checkpoint.tensor_check import check_tensors, entries_of
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.config.sections import require, require_choice
-from r2vpo_megatron.data.chat import ChatTokenizer, tokenize_prompts
+from r2vpo_megatron.data.chat import CHAT_TEMPLATES, ChatTokenizer, tokenize_prompts
 from r2vpo_megatron.data.prompts import load_prompts
 from r2vpo_megatron.device import get_platform
 from r2vpo_megatron.models.spec import ModelSpec, read_model_spec, validate_layout
 from r2vpo_megatron.observability import write_run_config
 from r2vpo_megatron.records import Prompt
-from r2vpo_megatron.rewards import load_reward
+from r2vpo_megatron.rewards import FORMAT_CHECKS, RewardFunction, load_reward
+from r2vpo_megatron.rewards.preflight import check_answer_form
 from r2vpo_megatron.rl.aggregation import AGGREGATIONS
 from r2vpo_megatron.rl.objectives import OBJECTIVES
 from r2vpo_megatron.testbed.tiny_model import ensure_tiny_model
@@ -61,7 +62,10 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     require_choice("algorithm.objective", config.algorithm.objective, OBJECTIVES)
     require_choice("algorithm.aggregation", config.algorithm.aggregation, AGGREGATIONS)
     require_choice("weight_sync.backend", config.weight_sync.backend, BACKENDS)
-    load_reward(config.data.reward)
+    require_choice("data.chat_template", config.data.chat_template, CHAT_TEMPLATES)
+    for name in config.algorithm.format_check_names:
+        require_choice("algorithm.format_checks", name, FORMAT_CHECKS)
+    reward = load_reward(config.data.reward)
     # Workers have other working directories, and may see other devices than the driver.
     device = get_platform(config.runtime.device).name
     config = replace(config, runtime=replace(config.runtime, device=device))
@@ -69,10 +73,13 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     spec = read_model_spec(model_dir)
     config = _check_weights(config, spec)
     _check_fit(config, spec)
-    tokenizer = ChatTokenizer(model_dir)
+    tokenizer = ChatTokenizer(model_dir, config.data.chat_template, config.data.thinking)
     limit = config.rollout.max_prompt_tokens
     train_prompts = _read_prompts(train_path, tokenizer, limit)
     held_out_prompts = _read_prompts(held_out_path, tokenizer, limit) if held_out_path else []
+    # The testbed's model learns the form in its warm start; its own prompts do not ask for one.
+    if config.data.check_answer_form and config.data.train_prompts:
+        _check_answer_form(train_path, train_prompts, reward)
     run_dir = _make_run_dir(config, recipe)
     write_run_config(run_dir, config.to_dict(), recipe)
     return PreparedRun(
@@ -159,6 +166,18 @@ def _read_prompts(path: str, tokenizer: ChatTokenizer, max_tokens: int) -> list[
     if too_long:
         print(f"{path}: left out {len(too_long)} prompts of over {max_tokens} tokens")
     return prompts
+
+
+def _check_answer_form(path: str, prompts: list[Prompt], reward: RewardFunction) -> None:
+    """Compare what the prompts ask for with what the reward reads."""
+    try:
+        note = check_answer_form(prompts, reward)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {error} (data.check_answer_form = False skips this check)"
+        ) from error
+    if note:
+        print(f"{path}: {note}")
 
 
 def _make_run_dir(config: RunConfig, recipe: str) -> Path:

@@ -100,6 +100,33 @@ def test_prompt_file_with_a_broken_line(fail, tmp_path):
     assert "ground_truth" in message
 
 
+def test_prompts_that_ask_for_a_form_that_the_reward_does_not_read(fail, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    row = {"prompt_id": "a7", "prompt": "1+1=? End with \\boxed{}.", "ground_truth": "2"}
+    prompts.write_text(json.dumps(row) + "\n")
+    arguments = ("--data.train-prompts", str(prompts), "--data.reward")
+    message = fail(*arguments, "math_dapo_minerva")
+    assert str(prompts) in message
+    assert "a7" in message
+    assert "boxed" in message
+    assert "data.check_answer_form" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "valid"),
+    [
+        ("data.chat-template", "chatml2", "'deepseek_r1'"),
+        ("data.thinking", "quick", "fast"),
+        ("data.reward", "math_dappo", "math_dapo_minerva"),
+        ("algorithm.format-checks", "boxxed", "'boxed'"),
+    ],
+)
+def test_a_name_that_does_not_exist_lists_the_valid_ones(fail, field, value, valid):
+    message = fail(f"--{field}", value)
+    assert value in message
+    assert valid in message
+
+
 def test_unknown_objective_lists_the_valid_ones(fail):
     message = fail("--algorithm.objective", "ppo")
     assert "'ppo'" in message

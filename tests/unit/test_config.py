@@ -158,6 +158,12 @@ def test_a_value_at_its_limit_is_valid() -> None:
             r"algorithm.truncated_importance_cap = 2.0 .*0 with algorithm.behavior_logprobs",
         ),
         (AlgorithmConfig, {"overlong_buffer_tokens": -1}, "algorithm.overlong_buffer_tokens = -1"),
+        (AlgorithmConfig, {"format_penalty": -1.0}, "algorithm.format_penalty = -1.0 .*0 or above"),
+        (
+            AlgorithmConfig,
+            {"format_penalty": 0.5, "format_checks": " , "},
+            "algorithm.format_penalty = 0.5 .*0 without algorithm.format_checks",
+        ),
         (AlgorithmConfig, {"dual_controller": "x"}, "algorithm.dual_controller = 'x' .*'paper'"),
         (AlgorithmConfig, {"ratio_penalty": -0.1}, "algorithm.ratio_penalty = -0.1"),
         (AlgorithmConfig, {"dual_target": 0.0}, "algorithm.dual_target = 0.0"),

@@ -22,7 +22,7 @@ from r2vpo_megatron.orchestration.collect import Collector
 from r2vpo_megatron.orchestration.loop import Ring, make_dual, train
 from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory
 from r2vpo_megatron.replay import ReplayBuffer
-from r2vpo_megatron.rewards import RewardResult, overlong_penalty
+from r2vpo_megatron.rewards import FORMAT_CHECKS, RewardFunction, RewardResult, overlong_penalty
 
 # Responses of the two prompts' groups of four: their lengths, and which are right.
 LENGTHS = [[3, 10, 8, 5], [2, 2, 2, 2]]
@@ -100,7 +100,9 @@ class AllPrompts:
         return PROMPTS
 
 
-def run_loop(config: RunConfig, learner: FakeLearner) -> tuple[list[Any], list[Any]]:
+def run_loop(
+    config: RunConfig, learner: FakeLearner, judge: RewardFunction = reward
+) -> tuple[list[Any], list[Any]]:
     """Every iteration's metrics, and every update's number and metrics."""
     rollout: Any = FakeRollout()
     tokenizer: Any = FakeTokenizer()
@@ -109,7 +111,7 @@ def run_loop(config: RunConfig, learner: FakeLearner) -> tuple[list[Any], list[A
     ring = Ring(
         prompts=prompts,
         rollout=rollout,
-        collector=Collector(config, tokenizer, reward, rollout, acting),
+        collector=Collector(config, tokenizer, judge, rollout, acting),
         replay=ReplayBuffer(config.replay.capacity_iterations, seed=0),
         learner=acting,
         held_out=None,
@@ -199,3 +201,32 @@ def test_overlong_responses_are_worth_less_before_advantages_are_formed() -> Non
     )
     assert "reward/overlong_penalty" not in metrics[0]
     assert {trajectory.reward for trajectory in without.mini_batches[0]} == {1.0, -1.0}
+
+
+def test_a_response_out_of_form_is_worth_less_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMAT_CHECKS, "is_right", lambda text: text == "right")
+    monkeypatch.setitem(FORMAT_CHECKS, "never", lambda _: False)
+    learner = FakeLearner()
+    config = make_config(format_checks="is_right, never", format_penalty=0.25)
+    metrics, _ = run_loop(config, learner)
+    first = sorted(learner.mini_batches[0], key=lambda trajectory: trajectory.sample_id)
+    # Both checks fail for a wrong response: the penalty is taken once.
+    assert [trajectory.reward for trajectory in first] == [0.75, -1.25, 0.75, -1.25] + [0.75] * 4
+    assert metrics[0]["reward/format_fault_fraction/is_right"] == 2 / 8
+    assert metrics[0]["reward/format_fault_fraction/never"] == 1.0
+
+    reported = FakeLearner()
+    metrics, _ = run_loop(make_config(format_checks="never"), reported)
+    assert metrics[0]["reward/format_fault_fraction/never"] == 1.0
+    assert {trajectory.reward for trajectory in reported.mini_batches[0]} == {1.0, -1.0}
+
+
+def test_what_the_grader_gave_up_on_is_counted() -> None:
+    def judge(_: Prompt, text: str) -> RewardResult:
+        failure = "" if text == "right" else "timeout"
+        return RewardResult(-1.0, acc=False, pred="x", parsed=True, failure=failure)
+
+    metrics, _ = run_loop(make_config(), FakeLearner(), judge)
+    assert metrics[0]["reward/grader_failures"] == 2.0
+    assert metrics[0]["reward/grader_failures/timeout"] == 2.0
+    assert "reward/grader_failures/memory" not in metrics[0]
