@@ -205,7 +205,10 @@ class VLLMEngine:
         from vllm import LLM
 
         register_openpangu()
-        self._llm: Any = LLM(**arguments)
+        try:
+            self._llm: Any = LLM(**arguments)
+        except ValueError as error:  # pydantic's own cannot be pickled on its way to the driver
+            raise ValueError(f"vLLM refuses {model_dir}: {error}") from None
 
     @property
     def policy_version(self) -> int:

@@ -37,6 +37,7 @@ def write_hf(folder: Path) -> None:
     model = LlamaForCausalLM(loaded.config).bfloat16()
     model.load_state_dict(loaded.state_dict())
     model.config.dtype = torch.bfloat16
+    del model.config.quantization_config  # the weights are plain now
     model.save_pretrained(folder, max_shard_size="100MB")
     AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
 
