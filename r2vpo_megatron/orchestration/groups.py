@@ -7,7 +7,7 @@ deadline and returns plain values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,35 @@ class RolloutGroup:
         by_sample = {generation.sample_id: generation for part in parts for generation in part}
         return [by_sample[request.sample_id] for request in requests]
 
+    def generate_unordered(
+        self, chunks: Iterable[Sequence[GenerationRequest]], sampling: SamplingSettings
+    ) -> Iterator[list[Generation]]:
+        """Give each chunk's responses, in the order of its requests, as chunks are finished.
+
+        Every engine has a chunk under way while the caller works on what it got; `chunks` is
+        asked for the next one when an engine is free.
+
+        Raises:
+            TimeoutError: no engine finished a chunk in `runtime.timeout_seconds`.
+        """
+        waiting = iter(chunks)
+        engine_of: dict[Any, Any] = {}
+
+        def hand_out(engine: Any) -> None:
+            chunk = next(waiting, None)
+            if chunk is not None:
+                engine_of[engine.generate.remote(chunk, sampling)] = engine
+
+        for engine in self._engines:
+            hand_out(engine)
+        while engine_of:
+            ready, _ = ray.wait(list(engine_of), num_returns=1, timeout=self._timeout)
+            if not ready:
+                raise TimeoutError(f"no engine finished a chunk in {self._timeout:g} s")
+            generations: list[Generation] = ray.get(ready[0])
+            hand_out(engine_of.pop(ready[0]))
+            yield generations
+
     def begin_weight_update(self, version: int) -> None:
         """Open a push on every engine."""
         ray.get(
@@ -183,13 +212,17 @@ class RolloutGroup:
         )
 
 
-def needed_resources(config: RunConfig) -> dict[str, int]:
-    """What all workers of a run ask of Ray: a CPU slot and their devices each."""
-    num_devices = (
-        config.parallel.num_ranks + config.rollout.num_engines * config.rollout.tensor_parallel
-    )
+def needed_resources(config: RunConfig, *, with_learner: bool = True) -> dict[str, int]:
+    """What all workers of a run ask of Ray: a CPU slot and their devices each.
+
+    Args:
+        config: of the run.
+        with_learner: False where there are engines only.
+    """
+    num_ranks = config.parallel.num_ranks if with_learner else 0
+    num_devices = num_ranks + config.rollout.num_engines * config.rollout.tensor_parallel
     device = get_platform(config.runtime.device).accelerator_resource()
-    num_actors = config.parallel.num_ranks + config.rollout.num_engines
+    num_actors = num_ranks + config.rollout.num_engines
     return {"CPU": num_actors} | ({device: num_devices} if device else {})
 
 
