@@ -35,8 +35,9 @@ class ChatTokenizer:
     Attributes:
         chat_template: Name of the template in use.
         thinking: Way to think that prompts ask for; "" leaves it to the template.
-        stop_token_ids: Each ends a response: the folder's generation_config.json, then the
-            tokenizer's own end of sequence.
+        stop_token_ids: Each ends a response: those of the folder's generation_config.json, or of
+            its config.json where that names none, then the tokenizer's own end of sequence and the
+            named chat template's end of a turn.
         pad_token_id: The tokenizer's, else the generation config's, else the first stop token.
     """
 
@@ -63,7 +64,13 @@ class ChatTokenizer:
         self._tokenizer = _load_tokenizer(self._folder)
         self._source = self._template_source()
         generation_config = _read_json(self._folder / "generation_config.json")
-        stop = [*_as_list(generation_config.get("eos_token_id")), self._tokenizer.eos_token_id]
+        stop = _as_list(generation_config.get("eos_token_id"))
+        if stop == [None]:
+            stop = _as_list(_read_json(self._folder / "config.json").get("eos_token_id"))
+        stop.append(self._tokenizer.eos_token_id)
+        turn_end = CHAT_TEMPLATES[chat_template].turn_end
+        if turn_end:
+            stop.append(self._tokenizer.get_vocab()[turn_end])
         self.stop_token_ids: tuple[int, ...] = tuple(
             dict.fromkeys(int(token_id) for token_id in stop if token_id is not None)
         )

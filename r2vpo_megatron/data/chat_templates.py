@@ -19,11 +19,13 @@ class ChatTemplate:
         name: Its key in `CHAT_TEMPLATES`.
         source: Jinja, as in a chat_template.jinja; None: the model folder's own.
         tokens: Markers that the tokenizer must know as tokens of their own.
+        turn_end: The one of them that ends a turn; "" where the tokenizer's end of sequence does.
     """
 
     name: str
     source: str | None
     tokens: tuple[str, ...] = ()
+    turn_end: str = ""
 
 
 # No newline at the end: a base model goes on where the text stops.
@@ -65,7 +67,7 @@ _DEEPSEEK_R1 = """\
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     "model": ChatTemplate("model", None),
     "plain": ChatTemplate("plain", _PLAIN),
-    "openpangu": ChatTemplate("openpangu", _OPENPANGU, ("[unused9]", "[unused10]")),
+    "openpangu": ChatTemplate("openpangu", _OPENPANGU, ("[unused9]", "[unused10]"), "[unused10]"),
     "deepseek_r1": ChatTemplate("deepseek_r1", _DEEPSEEK_R1, ("<｜User｜>", "<｜Assistant｜>")),
 }
 

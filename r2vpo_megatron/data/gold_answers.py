@@ -9,6 +9,7 @@ from r2vpo_megatron.data.row_fields import field_error
 _PLAIN_INTEGER = re.compile(r"([+\-\u2212]?)0*(\d+?)(?:\.0*)?")
 _GROUPED_INTEGER = re.compile(r"[+\-\u2212]?\d{1,3}(?:,\d{3})+(?:\.0*)?")
 _GSM8K_MARK = "####"
+_WORKED_SOLUTION = re.compile(r"^####\s*\S[^\n]*\Z", re.MULTILINE)
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
@@ -23,6 +24,11 @@ def canonical_gold(answer: str) -> str:
         return answer
     sign, digits = match.groups()
     return f"-{digits}" if sign not in ("", "+") and digits != "0" else digits
+
+
+def is_worked_solution(answer: str) -> bool:
+    """Say whether a text is a solution that ends with its answer after `####`, as GSM8K's are."""
+    return _WORKED_SOLUTION.search(answer.strip()) is not None
 
 
 def gsm8k_gold(solution: str, where: str, name: str = "answer") -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from r2vpo_megatron.data.problem_keys import letters_key
 from r2vpo_megatron.data.row_files import read_rows
 from r2vpo_megatron.data.sources import PROBLEM_COLUMNS, problem_text
-from r2vpo_megatron.data.templates import find_template
+from r2vpo_megatron.data.templates import take_off_templates
 
 PREFIX_CHARACTERS = 60
 # An evaluation problem of fewer letters and digits begins too many others.
@@ -55,7 +55,8 @@ def read_evaluation_problems(path: Path) -> list[tuple[int, str]]:
     first_row: dict[str, int] = {}
     for number, row in read_rows(path):
         message = problem_text(row, f"{path}:{number}", _PROBLEM_COLUMNS)
-        first_row.setdefault(find_template(message).strip(message) or message, number)
+        problem, _ = take_off_templates(message)
+        first_row.setdefault(problem or message, number)
     return [(number, problem) for problem, number in first_row.items()]
 
 

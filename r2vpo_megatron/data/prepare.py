@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from r2vpo_megatron.data.chat import ChatTokenizer
 from r2vpo_megatron.data.deduplication import (
     Conflict,
     ExactFilter,
@@ -24,6 +23,9 @@ from r2vpo_megatron.data.prepared_file import check_output, file_sha256, write_p
 from r2vpo_megatron.data.problem_keys import CONFLICT_KEYS
 from r2vpo_megatron.data.sources import SOURCES, SourceOptions, SourceProblem, read_problems
 from r2vpo_megatron.data.templates import PROMPT_TEMPLATES
+
+if TYPE_CHECKING:
+    from r2vpo_megatron.data.chat import ChatTokenizer
 
 _ROWS_PER_REPORT = 1000
 OVERLAP_KINDS = ("none", "exact", "prefix")
@@ -76,11 +78,15 @@ class PrepareOptions:
         ):
             if value not in valid:
                 raise ValueError(f"--{name} {value}: valid: {', '.join(filter(None, valid))}")
-        if self.max_prompt_tokens is not None:
-            if self.tokenizer is None:
-                raise ValueError("--max-prompt-tokens: needs --tokenizer MODEL_DIR to count with")
-            if self.max_prompt_tokens < 1:
-                raise ValueError(f"--max-prompt-tokens {self.max_prompt_tokens}: valid: 1 or more")
+        for name, is_given in (
+            ("max-prompt-tokens", self.max_prompt_tokens is not None),
+            ("chat-template", self.chat_template != "model"),
+            ("thinking", self.thinking != ""),
+        ):
+            if is_given and self.tokenizer is None:
+                raise ValueError(f"--{name}: needs --tokenizer MODEL_DIR to count with")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(f"--max-prompt-tokens {self.max_prompt_tokens}: valid: 1 or more")
         if self.drop_overlap != "none" and not self.evaluation_files:
             raise ValueError("--drop-overlap: needs --evaluation-files to compare with")
         _, path = self.source.resolved()
@@ -134,6 +140,9 @@ def prepare(options: PrepareOptions, on_rows: Callable[[int], None] = lambda _: 
     # First what may fail, then the long reading.
     tokenizer = None
     if options.tokenizer is not None:
+        # Loads transformers: seconds, and half a gigabyte that counting rows does not need.
+        from r2vpo_megatron.data.chat import ChatTokenizer
+
         tokenizer = ChatTokenizer(options.tokenizer, options.chat_template, options.thinking)
     evaluation = {
         name: read_evaluation_problems(path) for name, path in options.evaluation_files.items()

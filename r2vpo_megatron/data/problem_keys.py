@@ -22,9 +22,13 @@ _MATH_MODE = r"\$|\\[()\[\]]"
 _LAYOUT = re.compile(f"{_FONT_SIZE}|{_SPACING}|{_MATH_MODE}")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _SINGLE_BRACES = re.compile(r"\{\s*([0-9A-Za-z])\s*\}")
-# A digit on both sides keeps them: 1.5, (1,2), 2:1. Elsewhere they only part words.
-_PUNCTUATION = re.compile(r"(?<!\d)[.,;:]+|[.,;:]+(?!\s*\d)|[?。、\"]+|_{2,}")
+# A digit on both sides keeps them: 1.5, (1,2), 2:1; a point keeps its place in .5 as well.
+# Elsewhere they only part words.
+_PUNCTUATION = re.compile(r"(?<!\d)(?:\.(?!\d)|[,;:])+|[.,;:]+(?!\s*\d)|[?。、\"]+|_{2,}")
 _MARKDOWN = re.compile(r"\*\*|^\s*#+", re.MULTILINE)
+# NFKC alone would make 10² and 102 one number, and 10₂.
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
+_LOWERED = re.compile("[₀-₉₊₋]+")
 _QUOTES = str.maketrans("“”‘’`", "\"\"'''")
 _SPACES = re.compile(r"\s+")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
@@ -34,10 +38,11 @@ _NOT_ASCII = re.compile(r"[^a-z0-9]+")
 def layout_key(problem: str) -> str:
     """Return the problem without its layout: spaces, `$`, sizes, ends of sentences.
 
-    What is left tells x+1 from x-1, 1.5 from 15 and a fraction 1/23 from 12/3. Capitals stay: A
-    and a may be two points. Never used as text, only compared.
+    What is left tells x+1 from x-1, 1.5 from 15, 10² from 102 and a fraction 1/23 from 12/3.
+    Capitals stay: A and a may be two points. Never used as text, only compared.
     """
-    text = unicodedata.normalize("NFKC", problem).translate(_QUOTES)
+    text = _LOWERED.sub(r"_{\g<0>}", _RAISED.sub(r"^{\g<0>}", problem))
+    text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
     text = _LAYOUT.sub(" ", _FRACTION.sub(r"\\frac", _MARKDOWN.sub(" ", text)))
     text = _PUNCTUATION.sub(" ", text)
     text = _SINGLE_BRACES.sub(r"\1", text)

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from r2vpo_megatron.data.chat_templates import Message
-from r2vpo_megatron.data.row_fields import ANSWER_VALUES, answer_text, field_error
+from r2vpo_megatron.data.row_fields import ANSWER_VALUES, answer_text, check_encodable, field_error
 from r2vpo_megatron.data.row_files import read_rows
 from r2vpo_megatron.records import IntArray
 
@@ -35,15 +35,23 @@ class RawPrompt:
         return self.messages[-1]["content"]
 
 
-class HasPromptId(Protocol):
+class ServedPrompt(Protocol):
     """Anything the stream can serve: a RawPrompt or a tokenised Prompt."""
 
     @property
     def prompt_id(self) -> str:
         """Identity of the problem, unique in its file."""
 
+    @property
+    def text(self) -> str:
+        """What the user says."""
 
-PromptT = TypeVar("PromptT", bound=HasPromptId)
+    @property
+    def ground_truth(self) -> str:
+        """The answer."""
+
+
+PromptT = TypeVar("PromptT", bound=ServedPrompt)
 
 
 def load_prompts(path: str | Path) -> list[RawPrompt]:
@@ -83,6 +91,7 @@ def _parse_row(row: dict[str, Any], where: str, default_id: str) -> RawPrompt:
         prompt_id = str(prompt_id)
     if not isinstance(prompt_id, str) or not prompt_id:
         raise field_error(where, "prompt_id", prompt_id, "a non-empty string or an integer")
+    check_encodable(prompt_id, where, "prompt_id")
     extra = {key: value for key, value in row.items() if key not in _KNOWN_FIELDS}
     return RawPrompt(prompt_id, _parse_messages(row, where), _parse_ground_truth(row, where), extra)
 
@@ -106,6 +115,7 @@ def _parse_messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:
             raise field_error(where, f"{inner}.role", message.get("role"), " | ".join(ROLES))
         if not isinstance(message.get("content"), str):
             raise field_error(where, f"{inner}.content", message.get("content"), "a string")
+        check_encodable(message["content"], where, f"{inner}.content")
         messages.append({"role": message["role"], "content": message["content"]})
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise field_error(where, name, messages[-1], "the last message is the user's and not empty")
@@ -118,6 +128,7 @@ def _parse_ground_truth(row: dict[str, Any], where: str) -> str:
         name, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
     # Kept as written: padding and spelling are the grader's business.
     if isinstance(value, str) and value.strip():
+        check_encodable(value, where, name)
         return value
     answer = answer_text(value)
     if answer is None:
@@ -160,6 +171,7 @@ class PromptStream(Generic[PromptT]):
         self._prompts = tuple(prompts)
         self._seed = seed
         self._batch_size = prompts_per_iteration
+        self._prompts_sha256 = _fingerprint(self._prompts)
         self._epoch = 0
         self._order = self._shuffled(0)
         self.num_served = 0
@@ -214,7 +226,7 @@ class PromptStream(Generic[PromptT]):
             "epoch": epoch,
             "position": position,
             "seed": self._seed,
-            "prompts_sha256": self._fingerprint(),
+            "prompts_sha256": self._prompts_sha256,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,7 +235,7 @@ class PromptStream(Generic[PromptT]):
         Raises:
             ValueError: It was taken with another seed or other prompts, or is no such state.
         """
-        for name, own in (("seed", self._seed), ("prompts_sha256", self._fingerprint())):
+        for name, own in (("seed", self._seed), ("prompts_sha256", self._prompts_sha256)):
             if state.get(name) != own:
                 raise ValueError(
                     f"prompt stream: {name} is {own}, the saved run had {state.get(name)}; "
@@ -240,6 +252,11 @@ class PromptStream(Generic[PromptT]):
         generator = np.random.default_rng([self._seed, epoch])
         return generator.permutation(len(self._prompts)).astype(np.int64)
 
-    def _fingerprint(self) -> str:
-        ids = json.dumps([prompt.prompt_id for prompt in self._prompts])
-        return hashlib.sha256(ids.encode("utf-8")).hexdigest()
+
+def _fingerprint(prompts: Sequence[ServedPrompt]) -> str:
+    """The hash of what is served: ids made of row numbers outlive another file's rows."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        row = json.dumps([prompt.prompt_id, prompt.text, prompt.ground_truth])
+        digest.update(row.encode("utf-8") + b"\n")
+    return digest.hexdigest()

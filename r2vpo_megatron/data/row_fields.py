@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import re
 from typing import Any
 
 _SHOWN_CHARACTERS = 60
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# Beyond it a float no longer tells an integer from its neighbours.
+_MAX_FLOAT_INTEGER = 2**53
 
 
 def describe(value: Any) -> str:
@@ -41,16 +44,18 @@ def get_field(row: dict[str, Any], name: str, where: str) -> Any:
         where: The file and row, for messages.
 
     Raises:
-        ValueError: The row has no such field; names those that it has.
+        ValueError: The row has no such field, and names those that it has; or what should hold it
+            is no object.
     """
     if name in row:
         return row[name]
     value: Any = row
     path: list[str] = []
     for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            inside = value if isinstance(value, dict) else {}
-            have = ", ".join([".".join([*path, str(key)]) for key in inside]) or "none"
+        if not isinstance(value, dict):
+            raise field_error(where, ".".join(path), value, f"an object with {part}")
+        if part not in value:
+            have = ", ".join([".".join([*path, str(key)]) for key in value]) or "none"
             raise ValueError(f"{where}: field {name}: missing; the row has: {have}")
         value = value[part]
         path.append(part)
@@ -69,17 +74,29 @@ def get_text(row: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
+def check_encodable(text: str, where: str, name: str) -> None:
+    """Check that UTF-8 can hold a text: JSON can spell half a character, which no tokenizer takes.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if not text.isprintable() and _LONE_SURROGATE.search(text):
+        raise field_error(where, name, text, "text that UTF-8 can hold")
+
+
 def answer_text(value: Any) -> str | None:
     """Return a gold answer as text, or None where it is not one.
 
     Strings are kept as they are, but for blanks around them. An integer may come as a float
-    (27.0), as a JSON or parquet column of numbers has it. A float with a fraction is refused:
-    which decimals were meant is lost.
+    (27.0), as a JSON or parquet column of numbers has it. A float with a fraction, or of more than
+    2^53, is refused: which digits were meant is lost.
     """
     if isinstance(value, bool):
         return None
     if isinstance(value, float):
-        return str(int(value)) if math.isfinite(value) and value.is_integer() else None
+        # Not a number compares as false.
+        is_exact = abs(value) <= _MAX_FLOAT_INTEGER and value.is_integer()
+        return str(int(value)) if is_exact else None
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str) and value.strip():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,7 @@ _ROWS_PER_BATCH = 4096
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_rows(
-    path: str | Path, columns: Sequence[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (row number from 1, row) of a `.jsonl` or `.parquet` file.
 
     The file is checked here, its rows when they are asked for. Blank lines of a .jsonl file are
@@ -22,12 +20,10 @@ def read_rows(
 
     Args:
         path: The file.
-        columns: What to read of a .parquet file; all by default. Of a .jsonl file every field is
-            read in any case.
 
     Raises:
-        ValueError: The file is missing, of another type, unreadable or empty, lacks a column, or
-            a row is broken; the message starts with "file:" or "file:row:".
+        ValueError: The file is missing, of another type, unreadable or empty, or a row is
+            broken; the message starts with "file:" or "file:row:".
     """
     path = Path(path)
     if path.suffix not in _READERS:
@@ -38,11 +34,10 @@ def read_rows(
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise _empty(path)
-    return _READERS[path.suffix](path, columns)
+    return _READERS[path.suffix](path)
 
 
-def _read_jsonl(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    del columns
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     num_rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -72,9 +67,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _read_parquet(
-    path: Path, columns: Sequence[str] | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -88,17 +81,11 @@ def _read_parquet(
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
     with file:
-        have = file.schema_arrow.names
-        missing = [name for name in columns or [] if name not in have]
-        if missing:
-            raise ValueError(
-                f"{path}: column {', '.join(missing)}: missing; the file has: {', '.join(have)}"
-            )
         if file.metadata.num_rows == 0:
             raise _empty(path)
         number = 0
         try:
-            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=columns):
+            for batch in file.iter_batches(_ROWS_PER_BATCH):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
@@ -109,7 +96,7 @@ def _read_parquet(
 
 
 # Suffix -> reader.
-_READERS: dict[str, Callable[..., Iterator[tuple[int, dict[str, Any]]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }

@@ -44,15 +44,17 @@ class SentencePieceChat:
             role: _content(config[role]) for role in _SPECIAL_ROLES if config.get(role)
         }
         extra = [_content(token) for token in config.get("additional_special_tokens") or []]
-        self._special_ids = {
-            token: self._processor.piece_to_id(token)
+        # A token that the file lacks would get the id of <unk>, and so stand for any such.
+        self._added_ids = {
+            token: token_id
             for token in [*self._role_tokens.values(), *extra]
+            if self._processor.id_to_piece(token_id := self._processor.piece_to_id(token)) == token
         }
-        self._added_ids = dict(self._special_ids)
         for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+            # "special" there is not what decoding leaves out: openPangu marks the ends of its
+            # thinking so, and they belong to the response. Slow tokenizers go by the roles, too.
             self._added_ids[_content(token)] = int(token_id)
-            if token.get("special"):
-                self._special_ids[_content(token)] = int(token_id)
+        self._special_tokens = {*self._role_tokens.values(), *extra} & self._added_ids.keys()
         longest_first = sorted(self._added_ids, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._added_tokens = {token_id: token for token, token_id in self._added_ids.items()}
@@ -61,8 +63,8 @@ class SentencePieceChat:
         self.chat_template: str | None = config.get("chat_template")
         if template_file.is_file():
             self.chat_template = template_file.read_text(encoding="utf-8")
-        self.eos_token_id = self._special_ids.get(self._role_tokens.get("eos_token", ""))
-        self.pad_token_id = self._special_ids.get(self._role_tokens.get("pad_token", ""))
+        self.eos_token_id = self._added_ids.get(self._role_tokens.get("eos_token", ""))
+        self.pad_token_id = self._added_ids.get(self._role_tokens.get("pad_token", ""))
 
     def apply_chat_template(
         self, messages: Sequence[Message], chat_template: str, **_options: Any
@@ -93,8 +95,8 @@ class SentencePieceChat:
         return pieces | self._added_ids
 
     def decode(self, token_ids: Sequence[int], **_options: Any) -> str:
-        """Return the text, special tokens left out; other added tokens stay."""
-        special = set(self._special_ids.values())
+        """Return the text without the tokens that have a role; other added tokens stay."""
+        special = {self._added_ids[token] for token in self._special_tokens}
         text = ""
         ordinary: list[int] = []
         for token_id in token_ids:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r2vpo_megatron.data.gold_answers import canonical_gold, gsm8k_gold
+from r2vpo_megatron.data.gold_answers import canonical_gold, gsm8k_gold, is_worked_solution
 from r2vpo_megatron.data.hub import read_hub_rows
 from r2vpo_megatron.data.row_fields import (
     ANSWER_VALUES,
     answer_text,
+    check_encodable,
     field_error,
     get_field,
     get_text,
 )
 from r2vpo_megatron.data.row_files import read_rows
-from r2vpo_megatron.data.templates import find_template
+from r2vpo_megatron.data.templates import take_off_templates
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages")
 _FILE_TYPES = (".jsonl", ".parquet")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class SourceProblem:
         where: The file and row it came from.
         source_id: What the id column says; None where none was asked for.
         data_source: Name of the data set.
-        template: Name of the prompt template that was taken off.
+        template: Name of the prompt template that was taken off, the outer of two.
     """
 
     message: str
@@ -120,7 +119,8 @@ class SourceOptions:
         """Return the location, and its path where it is a file.
 
         Raises:
-            ValueError: The source is unknown, or no location is known or there is no such file.
+            ValueError: The source is unknown, no location is known, there is no such file, or it is
+                one and something within a data set of the hub is asked for.
         """
         if self.source not in SOURCES:
             raise ValueError(f"source: {self.source!r}; valid: {', '.join(SOURCES)}")
@@ -130,7 +130,8 @@ class SourceOptions:
                 f"source {self.source}: no location; valid: a file, or a hub id owner/name"
             )
         path = Path(location)
-        if path.is_file() or path.suffix in _FILE_TYPES:
+        # A folder may be called anything, and is read as a copy of a hub data set.
+        if path.is_file() or (path.suffix in _FILE_TYPES and not path.is_dir()):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
             required = f".{self.source}"
@@ -139,8 +140,21 @@ class SourceOptions:
                     f"{path}: source {self.source} reads {required}; valid: --source "
                     f"{path.suffix.removeprefix('.')}"
                 )
+            self._refuse_hub_options(path)
             return location, path
         return location, None
+
+    def _refuse_hub_options(self, path: Path) -> None:
+        for name, value, default in (
+            ("split", self.split, "train"),
+            ("config", self.config_name, ""),
+            ("revision", self.revision or "", ""),
+        ):
+            if value != default:
+                raise ValueError(
+                    f"--{name} {value}: {path} is one file, read whole; valid: --{name} with a "
+                    "data set of the hub"
+                )
 
 
 def read_problems(options: SourceOptions) -> Iterator[SourceProblem]:
@@ -165,12 +179,10 @@ def read_problems(options: SourceOptions) -> Iterator[SourceProblem]:
     for number, row in rows:
         where = f"{location}:{number}"
         message = problem_text(row, where, problem_columns)
-        template = find_template(message)
-        text = (template.strip(message) or "").strip()
+        text, template = take_off_templates(message)
         if not text:
             raise field_error(where, "/".join(problem_columns), message, "a problem")
-        if not text.isprintable() and _LONE_SURROGATE.search(text):
-            raise field_error(where, "/".join(problem_columns), message, "text that UTF-8 can hold")
+        check_encodable(text, where, "/".join(problem_columns))
         yield SourceProblem(
             message=message,
             text=text,
@@ -178,7 +190,7 @@ def read_problems(options: SourceOptions) -> Iterator[SourceProblem]:
             where=where,
             source_id=_source_id(row, where, options.id_column),
             data_source=_data_source(row, source, stem),
-            template=template.name,
+            template=template,
         )
 
 
@@ -220,8 +232,10 @@ def _first_present(row: dict[str, Any], where: str, columns: Sequence[str]) -> s
         outer, dot, inner = name.partition(".")
         if dot and isinstance(row.get(outer), dict) and inner.partition(".")[0] in row[outer]:
             return name
-    if len(columns) == 1:
-        get_field(row, columns[0], where)  # raises, naming how far it got
+    for name in columns:
+        outer = name.partition(".")[0]
+        if len(columns) == 1 or (outer in row and not isinstance(row[outer], dict)):
+            get_field(row, name, where)  # raises, naming how far it got
     have = ", ".join(map(str, row)) or "none"
     raise ValueError(f"{where}: column {' or '.join(columns)}: missing; the row has: {have}")
 
@@ -236,6 +250,11 @@ def _ground_truth(
     answer = answer_text(value)
     if answer is None:
         raise field_error(where, name, value, ANSWER_VALUES)
+    check_encodable(answer, where, name)
+    if is_worked_solution(answer):
+        raise field_error(
+            where, name, value, "the answer alone; --source gsm8k reads solutions that end in it"
+        )
     return canonical_gold(answer)
 
 
@@ -247,6 +266,7 @@ def _source_id(row: dict[str, Any], where: str, column: str) -> str | None:
         return str(value)
     if not isinstance(value, str) or not value:
         raise field_error(where, column, value, "a non-empty string or an integer")
+    check_encodable(value, where, column)
     return value
 
 

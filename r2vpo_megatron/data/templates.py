@@ -62,9 +62,19 @@ PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
 }
 
 
-def find_template(text: str) -> PromptTemplate:
-    """Return the template that a message was made with; "plain" where it shows none."""
-    for template in PROMPT_TEMPLATES.values():
-        if (template.prefix or template.suffix) and template.strip(text) is not None:
-            return template
-    return PROMPT_TEMPLATES["plain"]
+def take_off_templates(text: str) -> tuple[str, str]:
+    """Return a message's bare problem, and the name of its template; "plain" where it shows none.
+
+    Blanks around the message do not hide a template. Where one stands inside another both are taken
+    off, and the outer one is named: left inside, it would ask for its own form of answer.
+    """
+    problem, outermost = text.strip(), ""
+    found = True
+    while found:
+        found = False
+        for template in PROMPT_TEMPLATES.values():
+            inner = template.strip(problem)
+            if inner is not None and inner != problem:
+                problem, outermost = inner.strip(), outermost or template.name
+                found = True
+    return problem, outermost or "plain"

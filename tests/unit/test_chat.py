@@ -64,6 +64,11 @@ def test_stop_and_padding_ids(tmp_path: Path) -> None:
     both = ChatTokenizer(write_folder(tmp_path / "both", eos_token_id=[4, 2], pad_token_id=0))
     assert both.stop_token_ids == (4, 2)
     assert both.pad_token_id == 0
+    # A folder without generation_config.json, as a converted checkpoint may be.
+    folder = write_folder(tmp_path / "config")
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 4}))
+    assert ChatTokenizer(folder).stop_token_ids == (4, 2)
 
 
 def test_decoding_drops_stop_and_special_tokens(tmp_path: Path) -> None:
@@ -125,7 +130,7 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bos_token": "<s>",
         "eos_token": {"content": "<end>", "__type": "AddedToken"},
         "unk_token": "<unk>",
-        "additional_special_tokens": ["<turn>"],
+        "additional_special_tokens": ["<turn>", "<tool>"],
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -139,6 +144,10 @@ def test_a_sentencepiece_folder_needs_no_remote_code(sentencepiece_folder: Path)
         model_file=str(sentencepiece_folder / "tokenizer.model")
     )
     text = "<turn>user what is two<end><turn>assistant"
+    # A token that the file lacks is none, and not <unk>.
+    lacking = [{"role": "user", "content": "what <tool> is"}]
+    text_lacking = "<turn>user what <tool> is<end><turn>assistant"
+    assert tokenizer.encode_prompt(lacking) == tuple(reference.encode(text_lacking))
     assert tokenizer.encode_prompt(MESSAGES) == tuple(reference.encode(text))
     assert tokenizer.stop_token_ids == (reference.piece_to_id("<end>"),)
     response = "<think> it  is 23\nAnswer: 23"
@@ -226,6 +235,12 @@ def test_named_templates_and_their_ids(
     assert token_ids.count(0) == (1 if name == "deepseek_r1" else 0)
 
 
+def test_a_named_templates_end_of_turn_stops_a_response(tmp_path: Path) -> None:
+    folder = write_byte_folder(tmp_path / "m")  # says nothing of [unused10], number 5
+    assert ChatTokenizer(folder, "openpangu").stop_token_ids == (1, 5)
+    assert ChatTokenizer(folder, "deepseek_r1").stop_token_ids == (1,)
+
+
 def test_a_byte_level_file_is_not_rebuilt_by_the_class_it_names(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(write_byte_folder(tmp_path / "m"), chat_template="plain")
     text = "two  words\nand 中文"
@@ -297,22 +312,27 @@ def test_a_sentencepiece_folder_takes_named_templates(
         minloglevel=2,
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    published = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     config = {
         "tokenizer_class": "PanguTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]},
         "add_bos_token": True,
         "bos_token": "<s>",
         "eos_token": "[unused10]",
-        "additional_special_tokens": ["[unused9]", "[unused10]"],
+        # As the published folder has it: all are "special", and roles decide what decoding drops.
+        "added_tokens_decoder": {
+            str(published.piece_to_id(token)): {"content": token, "special": True}
+            for token in ("[unused9]", "[unused10]", "[unused16]", "[unused17]")
+        },
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     pangu = ChatTokenizer(tmp_path, "openpangu", "fast")
-    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     text = "[unused9]系统：[unused10][unused9]用户：what is two /no_think[unused10][unused9]助手："
     token_ids = pangu.encode_prompt(MESSAGES)
     assert pangu.prompt_text(MESSAGES) == text
-    assert token_ids == tuple(reference.encode(text))
-    assert token_ids[0] == reference.piece_to_id("[unused9]")
-    assert reference.bos_id() not in token_ids
-    response = reference.encode("[unused16]what[unused17]two[unused10]")
+    assert token_ids == tuple(published.encode(text))
+    assert token_ids[0] == published.piece_to_id("[unused9]")
+    assert published.bos_id() not in token_ids
+    assert pangu.stop_token_ids == (published.piece_to_id("[unused10]"),)
+    response = published.encode("[unused16]what[unused17]two[unused10]")
     assert pangu.decode_response(response) == "[unused16]what[unused17]two"

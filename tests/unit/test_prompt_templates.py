@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r2vpo_megatron.data.row_files import read_rows
-from r2vpo_megatron.data.templates import PROMPT_TEMPLATES, find_template
+from r2vpo_megatron.data.templates import PROMPT_TEMPLATES, take_off_templates
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -33,7 +33,17 @@ def test_what_lacks_a_template_is_not_stripped() -> None:
 
 def test_a_message_shows_its_template() -> None:
     for name, template in PROMPT_TEMPLATES.items():
-        assert find_template(template.apply("What is 1+1?")).name == name
+        assert take_off_templates(template.apply("What is 1+1?")) == ("What is 1+1?", name)
+        # Blanks around the message or the problem do not hide it.
+        message = f" {template.apply(' What? ')}\n"
+        assert take_off_templates(message) == ("What?", name)
+
+
+def test_a_template_inside_another_comes_off_as_well() -> None:
+    dapo, boxed = PROMPT_TEMPLATES["dapo"], PROMPT_TEMPLATES["boxed"]
+    assert take_off_templates(boxed.apply(dapo.apply("What?"))) == ("What?", "boxed")
+    assert take_off_templates(dapo.apply(boxed.apply("What?"))) == ("What?", "dapo")
+    assert take_off_templates(dapo.apply(" ")) == ("", "dapo")
 
 
 def test_names_and_answer_forms() -> None:

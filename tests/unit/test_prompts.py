@@ -72,6 +72,12 @@ def test_both_forms_of_a_line_and_the_dapo_schema(tmp_path: Path) -> None:
             "field messages: .*valid: the last message is the user's",
         ),
         ({"prompt_id": "", "prompt": "q", "ground_truth": "1"}, "field prompt_id: got ''"),
+        (
+            {"prompt": "q\ud800", "ground_truth": "1"},
+            r"field prompt\[0\].content: got 'q.*valid: text that UTF-8 can hold",
+        ),
+        ({"prompt": "q", "ground_truth": "\udfff"}, "field ground_truth: .*text that UTF-8 can"),
+        ({**GOOD, "prompt_id": "\udfff"}, "field prompt_id: .*text that UTF-8 can hold"),
         ({**GOOD, "ground_truth": "3"}, "field prompt_id: 'g' is taken by line 1"),
     ],
 )
@@ -249,5 +255,13 @@ def test_stream_refuses_what_it_cannot_serve_or_resume() -> None:
     state = PromptStream(prompts(3), 0, 1).state_dict()
     with pytest.raises(ValueError, match="seed is 1, the saved run had 0"):
         PromptStream(prompts(3), 1, 1).load_state_dict(state)
-    with pytest.raises(ValueError, match="prompts_sha256"):
-        PromptStream(prompts(4), 0, 1).load_state_dict(state)
+    # Ids made of row numbers are the same in another file: the contents count, too.
+    message = {"role": "user", "content": "q"}
+    for others in (
+        prompts(4),
+        [*prompts(2), RawPrompt("p002", ({"role": "user", "content": "r"},), "1")],
+        [*prompts(2), RawPrompt("p002", (message,), "2")],
+    ):
+        with pytest.raises(ValueError, match="prompts_sha256"):
+            PromptStream(others, 0, 1).load_state_dict(state)
+    PromptStream([*prompts(2), RawPrompt("p002", (message,), "1")], 0, 1).load_state_dict(state)
