@@ -50,8 +50,10 @@ def collect_provenance(source_dir: Path | None = None) -> dict[str, Any]:
     }
 
 
-def write_run_config(run_dir: Path, config: Mapping[str, Any], recipe: str) -> Path:
-    """Write `run_dir/config.json`: recipe, resolved configuration and provenance.
+def write_run_config(
+    run_dir: Path, config: Mapping[str, Any], recipe: str, model_dir: Path
+) -> Path:
+    """Write `run_dir/config.json`: recipe, resolved configuration, model and provenance.
 
     A resumed run replaces the file as a whole, never leaving half of it.
 
@@ -59,10 +61,16 @@ def write_run_config(run_dir: Path, config: Mapping[str, Any], recipe: str) -> P
         run_dir: Folder of the run, made if missing.
         config: `RunConfig.to_dict()`.
         recipe: Recipe as the user named it.
+        model_dir: Folder of the model that the run starts from.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.json"
-    content = {"recipe": recipe, "config": dict(config), "provenance": collect_provenance()}
+    content = {
+        "recipe": recipe,
+        "config": dict(config),
+        "model_dir": str(model_dir),
+        "provenance": collect_provenance(),
+    }
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -81,7 +81,7 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     if config.data.check_answer_form and config.data.train_prompts:
         _check_answer_form(train_path, train_prompts, reward)
     run_dir = _make_run_dir(config, recipe)
-    write_run_config(run_dir, config.to_dict(), recipe)
+    write_run_config(run_dir, config.to_dict(), recipe, model_dir)
     return PreparedRun(
         config=config,
         recipe=recipe,

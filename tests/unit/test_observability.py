@@ -191,11 +191,13 @@ def test_progress_rewrites_its_line_on_a_terminal(monkeypatch: pytest.MonkeyPatc
 
 
 def test_run_config_holds_recipe_config_versions_and_commit(tmp_path: Path) -> None:
-    path = write_run_config(tmp_path / "run", {"train": {"seed": 3}}, "recipes/x.py:f")
+    model_dir = tmp_path / "model"
+    path = write_run_config(tmp_path / "run", {"train": {"seed": 3}}, "recipes/x.py:f", model_dir)
     written = json.loads(path.read_text())
     assert path == tmp_path / "run" / "config.json"
     assert written["recipe"] == "recipes/x.py:f"
     assert written["config"] == {"train": {"seed": 3}}
+    assert written["model_dir"] == str(model_dir)
     packages = written["provenance"]["packages"]
     assert packages["numpy"] == np.__version__
     assert written["provenance"]["python"] == sys.version.split()[0]
