@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -21,6 +22,7 @@ from r2vpo_megatron.rewards.verdict_cache import VerdictCache
 from r2vpo_megatron.rewards.worker_pool import WorkerPool
 
 _MAX_SIDES = 4  # of "a = b = c", each of which has to be right
+_UNKNOWN = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+")
 _ARTICLES = ("a ", "an ", "the ")
 
 
@@ -94,6 +96,8 @@ def decide_by_spelling(prediction: str, gold: str) -> bool | None:
     based = number_in_base(gold)
     if based is not None:
         return prediction == based[0]  # where the question names the base, 4210 stands for 4210_5
+    if "," in prediction and "," in gold and ("dots" in prediction) != ("dots" in gold):
+        return False  # the grammar leaves the dots out of a list
     if is_word(prediction) or is_word(gold):
         return _word(prediction) == _word(gold)
     found, expected = plain_value(prediction), plain_value(gold)
@@ -119,13 +123,15 @@ def _plan(prediction: str, gold: str) -> Equivalence | list[tuple[str, str]]:
 
 
 def _plan_sides(prediction: str, gold: str) -> Equivalence | list[tuple[str, str]]:
-    """A chain "x = 2+3 = 5" is right where each side but the name is: "5 = 34" is not for 34."""
+    """A chain "m+n = 2+3 = 5" is right where each side but the name is: "5 = 34" is not for 34.
+
+    What is asked for may stand first, as an expression in unknowns, where the gold answer has none.
+    """
     first, *others = (side.strip() for side in prediction.split("="))
-    sides = (
-        others
-        if remove_name(f"{first}={others[0]}") != f"{first}={others[0]}"
-        else [first, *others]
+    is_named = remove_name(f"{first}={others[0]}") != f"{first}={others[0]}" or (
+        _UNKNOWN.search(first) is not None and not _UNKNOWN.search(gold)
     )
+    sides = others if is_named else [first, *others]
     if len(sides) > _MAX_SIDES:
         return Equivalence(False)
     questions = []

@@ -62,7 +62,7 @@ WARM_UP_PAIRS = (
 )
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True,
-    units=True,
+    units=False,  # `spelling` removes them; this would take the t of "34t" for tons
     malformed_operators=True,
     nits=True,
     boxed="none",

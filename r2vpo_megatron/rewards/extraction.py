@@ -19,11 +19,14 @@ _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 _BOX_OPENING = "\\boxed{"
 
 _ANSWER_MARK = re.compile(
-    r"(?:answer|答案)[ \t*_]{0,8}[:：][ \t*_]{0,8}"
-    r"|final[ \t]{1,4}answer[ \t]{1,4}is[ \t]{0,4}[:：]?|答案[是为][ \t]{0,4}[:：]?",
+    r"(?:answer|答案)[ \t*_]{0,8}[:：][ \t*_}]{0,8}"
+    r"|answer[ \t]{1,4}is[ \t]{0,4}[:：]|final[ \t]{1,4}answer[ \t]{1,4}is[ \t]{0,4}[:：]?"
+    r"|答案[是为][ \t]{0,4}[:：]?",
     re.IGNORECASE,
 )
 _BOX_MARK = re.compile(r"\\boxed[ \t]{0,4}(\{|-?[0-9A-Za-z]{1,40}(?:[./][0-9]{1,40})?)")
+# How examples of the Minerva prompt end, which base models repeat.
+_MINERVA_ENDING = re.compile(r"\.?[ \t]{1,4}I hope it is correct\.?[ \t]{0,8}$", re.MULTILINE)
 _DISPLAY = {"$$": "$$", "\\[": "\\]"}
 _SPECIAL_TOKENS_AT_END = re.compile(
     r"(?:[ \n]{0,8}(?:<[|｜][^<>|｜\n]{1,40}[|｜]>|</s>|\[unused\d{1,3}\])){1,8}[ \n]{0,8}$"
@@ -69,7 +72,7 @@ def final_answer(response: str) -> str | None:
     line_start, line_text = (
         (marks[-1].start(), _read_answer(window, marks[-1].end())) if marks else (-1, "")
     )
-    if boxes and boxes[-1][0] >= line_start:
+    if boxes and (boxes[-1][0] >= line_start or not line_text):
         parts = _boxes_of_last_line(window, boxes)
         return ", ".join(dict.fromkeys(parts)) or None
     return line_text or None
@@ -119,4 +122,6 @@ def _read_answer(window: str, start: int) -> str:
         inside, end, _ = rest.lstrip("*_ ")[2:].partition(_DISPLAY[opening])
         if end:
             return inside.strip()
-    return rest.partition("\n")[0].strip()
+    line = _MINERVA_ENDING.sub("", rest.partition("\n")[0]).strip()
+    # \text{Answer: 34}
+    return line[:-1] if line.endswith("}") and line.count("}") > line.count("{") else line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 import traceback
 from collections.abc import Sequence
@@ -66,17 +67,30 @@ def score_responses(
         response_texts: Decoded, special tokens skipped.
 
     Raises:
-        ValueError: The reward gave another number of results than there are responses.
+        ValueError: The reward gave another number of results than there are responses, or one
+            that is no `RewardResult` with a finite score.
     """
     if len(prompts) != len(response_texts):
         raise ValueError(f"{len(prompts)} prompts for {len(response_texts)} responses")
     score_batch = getattr(reward, "score_batch", None)
     if score_batch is None:
-        return [reward(prompt, text) for prompt, text in zip(prompts, response_texts, strict=True)]
-    results = list(score_batch(prompts, response_texts))
+        results = [reward(*pair) for pair in zip(prompts, response_texts, strict=True)]
+    else:
+        results = list(score_batch(prompts, response_texts))
     if len(results) != len(prompts):
         raise ValueError(f"score_batch gave {len(results)} results for {len(prompts)} responses")
+    for prompt, result in zip(prompts, results, strict=True):
+        _check_result(prompt, result)
     return results
+
+
+def _check_result(prompt: Prompt, result: object) -> None:
+    """A user's reward is not type checked, and one NaN would end up in every weight."""
+    where = f"the reward of prompt {prompt.prompt_id!r}"
+    if not isinstance(result, RewardResult):
+        raise ValueError(f"{where} returned {type(result).__name__}, not a RewardResult")
+    if not math.isfinite(result.score):
+        raise ValueError(f"{where} has the score {result.score}: must be finite")
 
 
 def _import_module(name: str, module_name: str) -> ModuleType:

@@ -39,15 +39,17 @@ _LOOKALIKES = str.maketrans(
             "∪": "\\cup ",
             "∩": "\\cap ",
             "∈": "\\in ",
-            "²": "^2",
-            "³": "^3",
             "½": "\\frac{1}{2}",
+            "⅓": "\\frac{1}{3}",
+            "⅔": "\\frac{2}{3}",
             "¼": "\\frac{1}{4}",
             "¾": "\\frac{3}{4}",
         }.items()
     }
 )
 
+_SUPERSCRIPT = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]{1,60}")
+_SUPERSCRIPT_DIGITS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 # (pattern, replacement) in this order. `_` stands for a space that has to stay.
 _TEX_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
@@ -71,6 +73,13 @@ _TEX_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\le(?![A-Za-z])|\\leqslant(?![A-Za-z])|<=", r"\\leq "),
         (r"\\ge(?![A-Za-z])|\\geqslant(?![A-Za-z])|>=", r"\\geq "),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (
+            r"(?<![A-Za-z\\])((?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp)"
+            r"(?=[ (_^]{1,2}[0-9A-Za-z\\({])",
+            r"\\\1",
+        ),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+        (r" (?:or|and) (?=[A-Za-z] ?=)|\\text ?\{ ?(?:or|and) ?\}(?= ?[A-Za-z] ?=)", ","),
         (r"(?<![A-Za-z\\])(?:inf|infinity|oo)(?![A-Za-z])", r"\\infty "),
         (r"\+ ?\\infty", r"\\infty"),
         (r"(?<![A-Za-z\\])sqrt ?\(([^()]{1,100})\)", r"\\sqrt{\1}"),
@@ -88,7 +97,7 @@ _TEX_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 _POWER = r"(?: ?\^ ?\{?\d\}?)?$"
 _ENDS_OF_QUANTITIES = frozenset("0123456789}.)]%!")
-_UNIT_IN_TEXT = re.compile(r" {0,4}\\text ?\{([^{}]{0,100})\}" + _POWER)
+_UNIT_IN_TEXT = re.compile(r" {0,4}\\text ?\{([^{}0-9,;]{0,100})\}" + _POWER)
 _UNIT_IN_WORDS = re.compile(r" {1,4}([A-Za-z][A-Za-z./ ]{0,60})" + _POWER)
 _UNIT_AT_NUMBER = re.compile(r"(?<=\d)([a-z]{2,7}|[个人元种度天次米厘克]{1,2})" + _POWER)
 _MAX_UNITS = 3  # "15 cm^2 (approx.)" has one, a careless gold answer two
@@ -147,7 +156,7 @@ def spell_answer(text: str) -> str:
     """As `canonical_answer`, but the name in "x = 5" stays. Only for texts within the limit."""
     if text.isascii() and text.isdigit():
         return text.lstrip("0") or "0"
-    answer = _unwrap(text.translate(_LOOKALIKES))
+    answer = _unwrap(_SUPERSCRIPT.sub(_raise, text).translate(_LOOKALIKES))
     answer = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), answer)
     for pattern, replacement in _TEX_REWRITES:
         answer = pattern.sub(replacement, answer)
@@ -160,11 +169,15 @@ def spell_answer(text: str) -> str:
     return answer[1:] if answer.startswith("+") else answer
 
 
+def _raise(match: re.Match[str]) -> str:
+    return "^{" + match[0].translate(_SUPERSCRIPT_DIGITS) + "}"
+
+
 def _unwrap(answer: str) -> str:
     """Remove what stands around the whole answer: mark-up, boxes, quotes, the full stop."""
     for _ in range(_MAX_UNWRAPS):
         before = answer
-        answer = answer.strip(" *").lstrip(":").rstrip(".,;!").strip(" *")
+        answer = answer.strip(" *_").lstrip(":").rstrip(".,;").strip(" *_")
         for start, end in _WRAPPERS:
             inside = answer[len(start) : -len(end)]
             if (
@@ -218,6 +231,8 @@ def _remove_unit(answer: str) -> str:
 
 def _is_unit(before: str, match: re.Match[str]) -> bool:
     words = set(re.split(r"[/. ]", match[1].lower())) - {""}
+    if match.re is _UNIT_IN_WORDS and len(match[1].strip()) == 1 and not words <= _UNIT_WORDS:
+        return False  # "2 k" is a product
     if match.re is not _UNIT_AT_NUMBER and before.rstrip()[-1:] in _ENDS_OF_QUANTITIES:
         return not words & _MEANINGFUL_WORDS
     return bool(words) and words <= _UNIT_WORDS

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ DEFAULT_MAX_WORKERS = 8
 START_LIMIT_SECONDS = 300.0  # importing sympy from a busy network disk
 STOP_LIMIT_SECONDS = 10.0
 PARTING_SECONDS = 0.05
+MAX_LOST_WORKERS = 10  # in a row for one pair; beyond, something ends all that start
 MAX_MESSAGE_BYTES = 1 << 16
 # Replaced after so many verdicts: what sympy caches counts against the memory limit.
 VERDICTS_PER_WORKER = 5000
@@ -70,6 +71,7 @@ class _Batch:
     running: dict[socket.socket, _Running] = field(default_factory=dict)
     verdicts: dict[int, Equivalence] = field(default_factory=dict)
     crashed: set[int] = field(default_factory=set)
+    lost: Counter[int] = field(default_factory=Counter)  # workers that died through no pair's fault
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
 
@@ -84,7 +86,7 @@ class _Template:
             "memory_limit_bytes": memory_limit_bytes,
             "cpu_limit_seconds": cpu_limit_seconds,
         }
-        with theirs:
+        with theirs, self._start_errors():
             self.process = subprocess.Popen(
                 # -B -s -P: writes no bytecode, sees no user site, puts no folder on the path.
                 [sys.executable, "-B", "-s", "-P", str(WORKER_FILE), json.dumps(settings)],
@@ -106,6 +108,16 @@ class _Template:
             )
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+    @contextlib.contextmanager
+    def _start_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.control.close()
+            raise WorkerStartError(
+                f"the workers of symbolic verdicts did not start: {error}"
+            ) from error
 
     def _receive_ready(self) -> bytes:
         try:
@@ -237,6 +249,7 @@ class WorkerPool:
         except OSError:  # it died while it was idle, which says nothing about this pair
             self._discard(worker)
             batch.waiting.appendleft(index)
+            _count_lost(index, batch)
             return
         batch.running[worker.connection] = _Running(worker, index, deadline)
         batch.selector.register(worker.connection, selectors.EVENT_READ)
@@ -273,6 +286,7 @@ class WorkerPool:
     @staticmethod
     def _is_worth_another(request: _Running, batch: _Batch) -> bool:
         if request.worker.template.is_gone():
+            _count_lost(request.index, batch)
             return True
         is_first = request.index not in batch.crashed
         batch.crashed.add(request.index)
@@ -343,6 +357,15 @@ class WorkerPool:
             worker.template.end_worker(worker)
             self._num_started = max(self._num_started - 1, 0)  # 0 after `close` meanwhile
             self._changed.notify()
+
+
+def _count_lost(index: int, batch: _Batch) -> None:
+    batch.lost[index] += 1
+    if batch.lost[index] > MAX_LOST_WORKERS:
+        raise WorkerStartError(
+            f"{batch.lost[index]} workers in a row were ended from outside before they gave a "
+            f"verdict; see the kernel's log for processes that were killed to free memory"
+        )
 
 
 def _close_templates(templates: list[_Template], owner_id: int) -> None:

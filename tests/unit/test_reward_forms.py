@@ -103,6 +103,12 @@ def test_responses_are_scored_in_order_and_at_once_where_the_reward_can() -> Non
         score_responses(_Batched(), prompts, ["a", "bb", "ccc"])
     with pytest.raises(ValueError, match="3 prompts for 1 responses"):
         score_responses(_count_characters, prompts, ["a"])
+    for wrong, message in (
+        (1.0, "'p' .*returned float, not a RewardResult"),
+        (RewardResult(float("nan"), True, None, True), "'p' .*score nan: must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_responses(lambda prompt, text, wrong=wrong: wrong, prompts[:1], ["a"])
     reward = load_reward("math_dapo")
     texts = ["Answer: 1", "no", "**Answer:** 03"]
     assert [result.acc for result in score_responses(reward, prompts, texts)] == [True, False, True]

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from r2vpo_megatron.rewards.equivalence import EquivalenceJudge, are_equivalent
+from r2vpo_megatron.rewards.equivalence import EquivalenceJudge, are_equivalent, shared_judge
 from r2vpo_megatron.rewards.extraction import canonical_answer, final_answer
 from r2vpo_megatron.rewards.math_dapo import MathDapoReward, compute_score
 from r2vpo_megatron.rewards.spelling import plain_value
@@ -24,8 +24,7 @@ DATA = REPOSITORY.parent / "shared" / "data"
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[EquivalenceJudge]:
-    with WorkerPool(2) as pool:
-        yield EquivalenceJudge(pool)
+    yield EquivalenceJudge(shared_judge().pool)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +69,15 @@ def judge() -> Iterator[EquivalenceJudge]:
         "<think>Answer: 5</think>Answer: 34",
         "[unused16]\\boxed{5}[unused17]\\boxed{34}",
         "Answer: 34</think>",
+        "Answer: $m+n = 34$",
+        "Answer: $a+b+c = 10+20+4 = 34$",
+        "Answer: $AB^2 = 34$.",
+        "The answer is: $34$",
+        "\\textbf{Answer:} 34",
+        "\\text{Answer: 34}",
+        "Answer: __34__",
+        "\\boxed{34}\n\nAnswer:",
+        "Final Answer: The final answer is $34$. I hope it is correct.",
     ],
 )
 def test_forms_of_34_that_are_right(response: str) -> None:
@@ -103,6 +111,13 @@ def test_forms_of_34_that_are_right(response: str) -> None:
         ("Answer: 34_9", "34_9"),
         ("Answer: 34.01", "34.01"),
         ("Answer: -34", "-34"),
+        ("Answer: 34!", "34!"),
+        ("Answer: 34t", "34t"),
+        ("Answer: 34 k", "34k"),
+        ("Answer: m+n = 33 = 34", "m+n=33=34"),
+        ("Answer: 34\\text{ 35}", "34 35"),
+        ("Answer: 34\\text{, maybe 35}", "34,maybe 35"),
+        ("Answer: 34. I hope it is correct. Or 35.", "34I hope it is correct.Or 35"),
     ],
 )
 def test_forms_that_are_not_right_for_34(response: str, prediction: str | None) -> None:
@@ -193,6 +208,16 @@ def test_plain_values_are_exact() -> None:
         ("an ellipse", "\\text{ellipse}"),
         ("c", "\\text{(C)}"),
         ("4210", "4210_{5}"),
+        ("5!", "120"),
+        ("99! \\cdot 100", "100!"),
+        ("x=3 or x=-3", "3,-3"),
+        ("x=3\\text{ and }x=-3", "\\pm 3"),
+        ("ln 2", "\\ln 2"),
+        ("arctan(2)", "\\arctan 2"),
+        ("10⁻³", "0.001"),
+        ("x⁴+⅓", "x^4+\\frac13"),
+        ("\\varnothing", "\\emptyset"),
+        ("2 k", "2k"),
     ],
 )
 def test_equivalent(judge: EquivalenceJudge, prediction: str, gold: str) -> None:
@@ -221,6 +246,13 @@ def test_equivalent(judge: EquivalenceJudge, prediction: str, gold: str) -> None
         ("", "5"),
         ("5", ""),
         ("\\pi", "3.14"),
+        ("5", "5!"),
+        ("2", "2k"),
+        ("2t", "2"),
+        ("2m", "2"),
+        ("25", "x^2+y^2=25"),
+        ("z=x+y", "x"),
+        ("\\{1,2,\\ldots,10\\}", "\\{1,2,10\\}"),
     ],
 )
 def test_not_equivalent(judge: EquivalenceJudge, prediction: str, gold: str) -> None:
@@ -229,14 +261,14 @@ def test_not_equivalent(judge: EquivalenceJudge, prediction: str, gold: str) -> 
 
 
 def test_batches_keep_their_order_and_ask_each_question_once() -> None:
-    with WorkerPool(2) as pool:
-        judge = EquivalenceJudge(pool)
-        assert judge.judge([]) == []
-        pairs = [("2\\pi", "\\pi+\\pi"), ("7", "7"), ("3\\pi", "\\pi+\\pi")] * 5
-        assert [verdict.equal for verdict in judge.judge(pairs)] == [True, True, False] * 5
-        assert pool.counts["verdicts"] == 2
-        judge.judge(pairs)
-        assert pool.counts["verdicts"] == 2  # from the cache
+    judge = EquivalenceJudge(shared_judge().pool)
+    before = judge.pool.counts["verdicts"]
+    assert judge.judge([]) == []
+    pairs = [("2\\pi", "\\pi+\\pi"), ("7", "7"), ("3\\pi", "\\pi+\\pi")] * 5
+    assert [verdict.equal for verdict in judge.judge(pairs)] == [True, True, False] * 5
+    assert judge.pool.counts["verdicts"] == before + 2
+    judge.judge(pairs)
+    assert judge.pool.counts["verdicts"] == before + 2  # from the cache
 
 
 def test_plain_answers_start_no_process() -> None:

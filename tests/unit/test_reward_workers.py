@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from r2vpo_megatron.rewards import worker_pool
 from r2vpo_megatron.rewards.equivalence import EquivalenceJudge
 from r2vpo_megatron.rewards.extraction import canonical_answer
 from r2vpo_megatron.rewards.format_checks import FORMAT_CHECKS
 from r2vpo_megatron.rewards.math_dapo import MODES, MathDapoReward, compute_score
-from r2vpo_megatron.rewards.worker_pool import WorkerPool
+from r2vpo_megatron.rewards.worker_pool import WorkerPool, WorkerStartError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MEGABYTE = 1 << 20
 GOLD = "\\sqrt{2}"  # no plain number: spelling decides nothing, the workers are asked
-LIMIT_SECONDS = 0.5  # shorter than in use, for the test's sake
+LIMIT_SECONDS = 0.3  # shorter than in use, for the test's sake
 WORST_SECONDS = 0.5  # of what runs in the trainer; 0.1 on an idle machine
 
 
@@ -101,6 +102,7 @@ def test_what_takes_too_long_or_too_much_is_counted() -> None:
         assert (result.score, result.failure, result.parsed) == (-1.0, "memory", True)
 
 
+@pytest.mark.slow
 def test_only_a_timeout_that_used_its_time_is_remembered() -> None:
     with WorkerPool(1, limit_seconds=1.0) as pool:
         judge = EquivalenceJudge(pool)
@@ -119,6 +121,7 @@ def test_only_a_timeout_that_used_its_time_is_remembered() -> None:
         assert time.monotonic() - start < 0.5
 
 
+@pytest.mark.slow
 def test_the_limit_of_a_verdict_is_two_seconds() -> None:
     with WorkerPool(1) as pool:
         assert not pool.judge([("\\pi", "e")])[0].failure  # starting is not the verdict's time
@@ -268,6 +271,7 @@ def _start(script: str) -> tuple[subprocess.Popen[str], list[int]]:
     return process, [int(word) for word in process.stdout.readline().split()]
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_interpreter() -> None:
     process, process_ids = _start(SCRIPT)
     assert process.wait(60) == 0
@@ -287,6 +291,39 @@ def test_no_process_outlives_a_killed_interpreter() -> None:
     process.wait(60)
     assert len(process_ids) == 4
     assert not _wait_until_dead(process_ids, seconds=3.5)
+
+
+def test_workers_that_cannot_start_are_an_error_and_no_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with WorkerPool(1) as pool:
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+        with pytest.raises(WorkerStartError, match="did not start: .*/no/such/python"):
+            pool.judge([("\\pi", "e")])
+        monkeypatch.undo()
+        monkeypatch.setattr(worker_pool, "WORKER_FILE", Path("/no/such/worker.py"))
+        with pytest.raises(WorkerStartError, match=r"did not start: .*/no/such/worker\.py"):
+            pool.judge([("\\pi", "e")])
+        assert pool.process_ids() == []
+
+
+def test_workers_that_are_always_killed_are_an_error_and_no_endless_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fork_worker = worker_pool._Template.fork_worker
+
+    def fork_victim(template: worker_pool._Template) -> worker_pool._Worker:
+        worker = fork_worker(template)
+        os.kill(worker.process_id, signal.SIGKILL)
+        return worker
+
+    with WorkerPool(1) as pool:
+        monkeypatch.setattr(worker_pool._Template, "fork_worker", fork_victim)
+        monkeypatch.setattr(worker_pool._Template, "is_gone", lambda template: True)
+        with pytest.raises(WorkerStartError, match="11 workers in a row were ended"):
+            pool.judge([("\\pi", "e")])
+        monkeypatch.undo()
+        assert pool.judge([("2\\pi", "\\pi+\\pi")])[0].equal
 
 
 def test_closed_pool_gives_all_back_and_starts_again() -> None:
