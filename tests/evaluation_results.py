@@ -7,7 +7,7 @@ from r2vpo_megatron.evaluation.results import (
     BenchmarkResult,
     EvaluatedModel,
     EvaluationResult,
-    EvaluationSettings,
+    RecordedSettings,
 )
 from r2vpo_megatron.evaluation.scores import summarize
 
@@ -32,7 +32,7 @@ def make_result(**accuracies: list[list[bool]]) -> EvaluationResult:
         )
     return EvaluationResult(
         model=EvaluatedModel("tiny", "models/tiny"),
-        settings=EvaluationSettings(0.6, 0.95, 2, 512, "dapo", "model", "", "math_dapo", 0),
+        settings=RecordedSettings(0.6, 0.95, 2, 512, "dapo", "model", "", "math_dapo", 0),
         benchmarks=benchmarks,
         wall_time_seconds=8.0,
         provenance={"python": "3.11", "packages": {"vllm": "0.32"}, "command": ["a", "b|c"]},

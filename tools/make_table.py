@@ -10,7 +10,6 @@ Rows are grouped by the model that training started from; its own results are th
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works before installation, too
 
 from r2vpo_megatron.cli.errors import run_command
+from r2vpo_megatron.evaluation.markdown import printable
 from r2vpo_megatron.evaluation.paper_results import REPORTED, load_reported
+from r2vpo_megatron.evaluation.results import write_whole
 from r2vpo_megatron.evaluation.table import ResultTable, build_table, load_entries
 from r2vpo_megatron.evaluation.table_formats import FORMAT_SUFFIXES, TABLE_FORMATS
 
@@ -79,25 +80,17 @@ def _parse_labels(texts: Sequence[str]) -> dict[Path, str]:
 
 
 def _write(table: ResultTable, name: str, output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
     if name == "all":
         if output is None:
             raise ValueError("--format all: needs --output; valid: a path without suffix")
         for each, make in TABLE_FORMATS.items():
-            _write_whole(output.with_name(output.name + FORMAT_SUFFIXES[each]), make(table))
+            write_whole(output.with_name(output.name + FORMAT_SUFFIXES[each]), make(table))
     elif output is None:
-        sys.stdout.write(TABLE_FORMATS[name](table))
+        sys.stdout.write(printable(TABLE_FORMATS[name](table), sys.stdout.encoding))
     else:
-        _write_whole(output, TABLE_FORMATS[name](table))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_whole(output, TABLE_FORMATS[name](table))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def _evaluate(arguments: list[str]) -> int:
     if given.resume and given.output is None:
         raise ValueError("--resume: needs the --output folder of the evaluation to go on with")
     # Torch and Ray come with these: seconds that a wrong flag should not have to wait for.
+    from r2vpo_megatron.evaluation.markdown import printable
     from r2vpo_megatron.evaluation.results import MARKDOWN_FILE
     from r2vpo_megatron.orchestration.evaluate import run_evaluation
     from r2vpo_megatron.orchestration.evaluation_inputs import prepare_evaluation
@@ -59,7 +60,8 @@ def _evaluate(arguments: list[str]) -> int:
             print(hint, file=sys.stderr)
             raise RunFailed(error, folder / ERROR_FILE) from error
     (folder / ERROR_FILE).unlink(missing_ok=True)  # of an earlier attempt
-    print((folder / MARKDOWN_FILE).read_text(encoding="utf-8"))
+    page = (folder / MARKDOWN_FILE).read_text(encoding="utf-8")
+    print(printable(page, sys.stdout.encoding))
     print(_where(folder))
     return 0
 

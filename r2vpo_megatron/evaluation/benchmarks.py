@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ class Benchmark:
         problem_columns: dotted paths of the problem text, the first one present counts.
         answer_columns: likewise, of the answer.
         id_columns: likewise, of the problem's id; without any, the row number is the id.
+        foreign_ids: pattern of ids that only a sister of the benchmark has: as many problems, in
+            the same columns; "" where ids do not tell.
     """
 
     title: str
@@ -78,6 +81,7 @@ class Benchmark:
     problem_columns: tuple[str, ...] = PROBLEM_COLUMNS
     answer_columns: tuple[str, ...] = ANSWER_COLUMNS
     id_columns: tuple[str, ...] = ID_COLUMNS
+    foreign_ids: str = ""
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -89,6 +93,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         answer_form="integer",
         num_problems=30,
         licence="not stated",
+        foreign_ids="2025-",
     ),
     "aime25": Benchmark(
         title="AIME25",
@@ -98,6 +103,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         answer_form="integer",
         num_problems=30,
         licence="not stated",
+        foreign_ids="2024-",
     ),
     "amc23": Benchmark(
         title="AMC23",
@@ -125,6 +131,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         answer_form="expression",
         num_problems=100,
         licence="MIT",
+        foreign_ids="OlymMATH-(EASY-|.*-ZH$)",
     ),
     "olymmath_en_easy": Benchmark(
         title="OlymMATH EN-EASY",
@@ -134,6 +141,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         answer_form="expression",
         num_problems=100,
         licence="MIT",
+        foreign_ids="OlymMATH-(HARD-|.*-ZH$)",
     ),
     "olymmath_zh_easy": Benchmark(
         title="OlymMATH ZH-EASY",
@@ -143,6 +151,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         answer_form="expression",
         num_problems=100,
         licence="MIT",
+        foreign_ids="OlymMATH-(HARD-|.*-EN$)",
     ),
     "olymmath_zh_hard": Benchmark(
         title="OlymMATH ZH-HARD",
@@ -152,6 +161,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         answer_form="expression",
         num_problems=100,
         licence="MIT",
+        foreign_ids="OlymMATH-(EASY-|.*-EN$)",
     ),
     "gsm8k": Benchmark(
         title="GSM8K",
@@ -193,11 +203,6 @@ class BenchmarkData:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     sha256: str
-
-
-def load_benchmark(name: str, path: Path | None = None, limit: int | None = None) -> list[Problem]:
-    """The problems of a benchmark; see `read_benchmark` for what is checked."""
-    return list(read_benchmark(name, path, limit).problems)
 
 
 def local_benchmark(name: str, path: Path, limit: int | None = None) -> BenchmarkData:
@@ -259,21 +264,6 @@ def read_benchmark(
     return _read(name, BENCHMARKS[name], path, limit, check_answers)
 
 
-def resolve_benchmark(argument: str, limit: int | None = None) -> BenchmarkData:
-    """Read what one item of a command line names: aime24, aime24=FILE or NAME=FILE.
-
-    Raises:
-        ValueError: as `read_benchmark` and `local_benchmark`.
-    """
-    name, separator, path = (part.strip() for part in argument.partition("="))
-    if not separator:
-        return read_benchmark(name, None, limit)
-    if not path:
-        raise ValueError(f"benchmark {argument!r}: no file after '='; valid: NAME or NAME=PATH")
-    read = read_benchmark if name in BENCHMARKS else local_benchmark
-    return read(name, Path(path), limit)
-
-
 def _read(
     name: str,
     benchmark: Benchmark,
@@ -308,8 +298,20 @@ def _read(
             f"{remark}; valid: the whole benchmark (--limit takes a part of it), or your own "
             "selection under another name, NAME=PATH"
         )
+    _check_ids(name, benchmark, source, problems)
     kept = tuple(problems[:limit])
     return BenchmarkData(name, benchmark, source, kept, tuple(notes), _fingerprint(kept))
+
+
+def _check_ids(name: str, benchmark: Benchmark, source: str, problems: Iterable[Problem]) -> None:
+    if not benchmark.foreign_ids:
+        return
+    for problem in problems:
+        if re.match(benchmark.foreign_ids, problem.problem_id):
+            raise ValueError(
+                f"benchmark {name}: {source}: problem {problem.problem_id!r} is of another "
+                f"benchmark; valid: those of {benchmark.title}"
+            )
 
 
 def _fingerprint(problems: Iterable[Problem]) -> str:

@@ -61,8 +61,12 @@ def choose_column(
             return path
     if content is None:
         return None
+    names = column_names(row)
+    empty = [path for path in candidates if path in names]
+    if empty:
+        raise ValueError(f"{where}: column {empty[0]}: null; valid: {content}")
     raise ValueError(
-        f"{where}: no column for {content}; there are: {', '.join(column_names(row)) or 'none'}; "
+        f"{where}: no column for {content}; there are: {', '.join(names) or 'none'}; "
         f"valid: one of {', '.join(candidates)}"
     )
 

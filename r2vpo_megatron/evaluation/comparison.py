@@ -20,16 +20,20 @@ class Estimate:
         degrees_of_freedom: of that error.
         paired: problem by problem; False where the two models saw different ones, or no two
             models are compared.
+        bounds: 95% interval of a fraction, where it is known better than from the error.
     """
 
     value: float
     error: float | None
     degrees_of_freedom: float
     paired: bool = False
+    bounds: tuple[float, float] | None = None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95% interval by Student's t; None without an error."""
+        """95% interval, by Student's t where there are no bounds; None without an error."""
+        if self.bounds is not None:
+            return self.bounds
         if self.error is None:
             return None
         half = student_quantile(max(1, math.floor(self.degrees_of_freedom))) * self.error
@@ -39,7 +43,8 @@ class Estimate:
 def score_estimate(result: BenchmarkResult) -> Estimate:
     """Pass@1 of a benchmark."""
     scores = result.scores
-    return Estimate(scores.pass_at_1, scores.standard_error, scores.num_problems - 1)
+    freedom = scores.num_problems - 1
+    return Estimate(scores.pass_at_1, scores.standard_error, freedom, bounds=scores.interval)
 
 
 def difference(result: BenchmarkResult, base: BenchmarkResult) -> Estimate:

@@ -24,19 +24,26 @@ def standard_error(values: Sequence[float]) -> float | None:
 def confidence_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95% interval of the mean of fractions, within 0..1; None of fewer than two.
 
-    Student's t with n - 1 degrees of freedom. Where all values are 0 or all are 1 their spread
-    says nothing, and it is Wilson's interval for 0 or n successes among n.
+    Wilson's interval for as many independent trials as would have this standard error,
+    m (1 - m) / SE^2, with Student's quantile of n - 1 degrees of freedom. Near 0 and 1, where the
+    spread is uncertain itself, m plus or minus t SE is too narrow and too low or high; elsewhere
+    the two agree. Where all values are 0 or all are 1 their spread says nothing: n trials.
     """
     error = standard_error(values)
     if error is None:
         return None
     mean = math.fsum(values) / len(values)
-    if error == 0.0 and mean in (0.0, 1.0):
-        square = NORMAL_QUANTILE**2
-        width = square / (len(values) + square)
-        return (0.0, width) if mean == 0.0 else (1.0 - width, 1.0)
-    half = student_quantile(len(values) - 1) * error
-    return max(0.0, mean - half), min(1.0, mean + half)
+    if mean in (0.0, 1.0):
+        square, num_trials = NORMAL_QUANTILE**2, float(len(values))
+    elif error == 0.0:
+        return mean, mean
+    else:
+        square = student_quantile(len(values) - 1) ** 2
+        num_trials = mean * (1.0 - mean) / error**2
+    ratio = square / num_trials
+    middle = mean + ratio / 2
+    half = math.sqrt(ratio * (mean * (1.0 - mean) + ratio / 4))
+    return max(0.0, (middle - half) / (1 + ratio)), min(1.0, (middle + half) / (1 + ratio))
 
 
 def student_quantile(degrees_of_freedom: int) -> float:

@@ -28,7 +28,7 @@ def majority_scores(
     """
     num_samples = num_right + sum(wrong_votes) + num_silent
     totals = [0.0] * len(ks)
-    for right_votes in range(1, num_right + 1):
+    for right_votes in range(1, min(num_right, max(ks)) + 1):
         small = num_silent + sum(votes for votes in wrong_votes if votes < right_votes)
         large = [votes for votes in wrong_votes if votes >= right_votes]
         ways = _ways_without_winner(large, right_votes, max(ks) - right_votes)

@@ -1,16 +1,25 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and how they get on a terminal."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+# What Markdown reads as a mark. An underscore inside a word is none: math_dapo is left alone.
+_MARKS = re.compile(r"[\\|*`<]|\[|\]|(?<![A-Za-z0-9_])_+|_+(?![A-Za-z0-9_])")
 
 
 def escape_markdown(text: str) -> str:
     """Text that stays one cell of a table and is shown as it is."""
-    text = " ".join(text.split())
-    for sign in ("\\", "|", "*", "_", "`", "<", "[", "]"):
-        text = text.replace(sign, f"\\{sign}")
-    return text
+    return _MARKS.sub(
+        lambda match: "".join(f"\\{sign}" for sign in match[0]), " ".join(text.split())
+    )
+
+
+def printable(text: str, encoding: str | None) -> str:
+    """Text that a terminal of this encoding takes; other characters become escapes."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def markdown_table(

@@ -20,6 +20,7 @@ _SMALL_FILES = (
     "added_tokens.json",
     "model.safetensors.index.json",
 )
+_SLOW_TOKENIZER = ("vocab.json", "merges.txt")  # of a model without tokenizer.json
 _BLOCK_BYTES = 1 << 20
 _BLOCKS_PER_FILE = 32  # a file of fewer bytes than these is read whole
 
@@ -80,7 +81,8 @@ def fingerprint_model(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
-    for name in [*_SMALL_FILES, *weights]:
+    slow = () if (folder / "tokenizer.json").is_file() else _SLOW_TOKENIZER
+    for name in [*_SMALL_FILES, *slow, *weights]:
         path = folder / name
         if not path.is_file():
             continue
@@ -111,7 +113,9 @@ def _is_run_config(config: dict[str, Any]) -> bool:
 
 
 def _base_of(config: dict[str, Any]) -> str:
-    """The model in the configuration of a run, which older versions may have written."""
+    """The model that a run started from; older versions wrote no `model_dir`."""
+    if isinstance(model_dir := config.get("model_dir"), str):
+        return Path(model_dir).name
     sections = config["config"]
     model = sections.get("model") if isinstance(sections, dict) else None
     if not isinstance(model, dict):

@@ -177,6 +177,12 @@ class EvaluationOptions:
                 given,
                 "NAME=PATH, with a name of letters, digits and . _ -",
             )
+            _require(
+                name != "average",
+                "--benchmark-file",
+                given,
+                "another name; average is a column of tables",
+            )
             _require(Path(path).is_file(), "--benchmark-file", given, f"{path} must be a file")
         _require_unique("--benchmark-file", file_names)
         _require(bool(self.benchmarks), "--benchmarks", "", _list_benchmarks(file_names))

@@ -151,6 +151,7 @@ class ProblemReader:
                 break
         if not text:
             raise ValueError(f"{where}: column {column}: empty; valid: the text of a problem")
+        _check_unicode(text, where, column)
         return text
 
     def _add_copy(self, index: int, answer: str, where: str, column: str) -> None:
@@ -169,4 +170,18 @@ def _read_id(value: Any, where: str, column: str) -> str:
             f"{where}: column {column}: {value!r}; valid: a whole number or a text that is "
             "not empty"
         )
-    return str(value).strip()
+    text = str(value).strip()
+    _check_unicode(text, where, column)
+    return text
+
+
+def _check_unicode(text: str, where: str, column: str) -> None:
+    """JSON may hold half of a surrogate pair, which no tokenizer takes and no file keeps."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        sign = text[error.start]
+        raise ValueError(
+            f"{where}: column {column}: {sign!r} at character {error.start + 1} is half of a "
+            "surrogate pair; valid: Unicode text"
+        ) from None

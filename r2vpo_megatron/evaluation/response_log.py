@@ -11,6 +11,7 @@ evaluation is gone on with.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -95,16 +96,14 @@ class ResponseLog:
             for number, line in enumerate(file, start=1):
                 try:
                     for name, seconds in json.loads(line).items():
-                        totals[name] = totals.get(name, 0.0) + float(seconds)
-                except (ValueError, AttributeError, TypeError) as error:
+                        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+                            raise ValueError(f"{name}: {seconds!r}")
+                        totals[name] = totals.get(name, 0.0) + seconds
+                except (ValueError, AttributeError) as error:
                     raise ValueError(
                         f"{self._seconds_path}:{number}: {error}; valid: seconds by benchmark"
                     ) from None
         return totals
-
-    def load(self, benchmark: str) -> list[ResponseRecord]:
-        """All that `read` gives; texts of long responses may fill the memory."""
-        return list(self.read(benchmark))
 
     def read(self, benchmark: str) -> Iterator[ResponseRecord]:
         """Read what there is of a benchmark, without a torn last line, which is cut off the file.

@@ -40,7 +40,7 @@ class EvaluatedModel:
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class RecordedSettings:
     """How responses were sampled and judged. Two results compare where all but `seed` are equal.
 
     Attributes:
@@ -113,7 +113,7 @@ class EvaluationResult:
     """
 
     model: EvaluatedModel
-    settings: EvaluationSettings
+    settings: RecordedSettings
     benchmarks: dict[str, BenchmarkResult]
     wall_time_seconds: float
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -173,11 +173,12 @@ def write_results(folder: Path, result: EvaluationResult) -> Path:
         "tokens_per_second": result.tokens_per_second,
         **dataclasses.asdict(result),
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # ASCII: a path that is not UTF-8 must not break the file at the end of a long evaluation.
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / MARKDOWN_FILE, format_markdown(result))
+    write_whole(folder / MARKDOWN_FILE, format_markdown(result))
     path = folder / RESULTS_FILE
-    _write_whole(path, text)
+    write_whole(path, text)
     return path
 
 
@@ -244,10 +245,15 @@ def _check_scores(scores: BenchmarkScores, where: str) -> None:
         )
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and give it its own at the end.
+
+    Raises:
+        OSError: the disk is full or failed; an old file stays as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

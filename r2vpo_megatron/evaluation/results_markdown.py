@@ -34,7 +34,10 @@ def format_markdown(result: EvaluationResult) -> str:
                 ["grader", settings.grader],
                 ["weights in", settings.dtype or "-"],
                 ["seed", str(settings.seed)],
-                ["problems", "all" if settings.limit is None else f"first {settings.limit}"],
+                [
+                    "problems",
+                    "all" if settings.limit is None else f"first {settings.limit} of each",
+                ],
                 ["wall time", f"{result.wall_time_seconds:.0f} s"],
                 ["speed", f"{result.tokens_per_second:.0f} response tokens/s"],
             ],

@@ -71,7 +71,7 @@ def summarize(
 
     With m_i the fraction of right responses to problem i of n, Pass@1 is their mean m, and its
     standard error sqrt(sum_i (m_i - m)^2 / (n (n - 1))): the problems are what was drawn, and the
-    responses to one problem are not independent draws. The 95% interval is Student's, see
+    responses to one problem are not independent draws. The 95% interval is that of
     `intervals.confidence_interval`.
 
     Args:

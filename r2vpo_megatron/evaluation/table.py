@@ -30,7 +30,7 @@ COMMON_SETTINGS = (
     "prompt_template",
     "grader",
 )
-MODEL_SETTINGS = ("chat_template", "thinking", "system")
+MODEL_SETTINGS = ("chat_template", "thinking", "system", "dtype")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def load_entries(paths: Sequence[Path], labels: Mapping[Path, str]) -> list[Tabl
             raise ValueError(
                 f"{path}: no {RESULTS_FILE} in it; valid: a file, or a folder with one"
             )
-        files += [file for file in found if file not in files]
+        known = {file.resolve() for file in files}
+        files += [file for file in found if file.resolve() not in known]
     if not files:
         raise ValueError(f"no results given; valid: a {RESULTS_FILE} or a folder with one")
     results = {file: read_results(file) for file in files}

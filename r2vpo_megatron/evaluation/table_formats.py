@@ -184,7 +184,7 @@ def _signed(estimate: Estimate | None, unit: str) -> str:
         return _ABSENT
     interval = estimate.interval
     shown = f"{100 * estimate.value:+.1f}{unit}"
-    if interval is None:
+    if interval is None or estimate.error == 0.0:  # no spread says nothing, not certainty
         return shown
     return f"{shown} ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
 

@@ -98,7 +98,7 @@ def _collect(prepared: PreparedEvaluation) -> results.EvaluationResult:
             base=prepared.model.base,
             fingerprint=prepared.fingerprint,
         ),
-        settings=results.EvaluationSettings(
+        settings=results.RecordedSettings(
             temperature=0.0 if options.greedy else options.temperature,
             top_p=options.top_p,
             num_samples=options.num_samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import time
@@ -260,6 +261,14 @@ def _check_answer_form(part: BenchmarkPrompts, reward: RewardFunction) -> None:
         print(f"{part.name}: {note}")
 
 
+def _reward_file(reward: str) -> dict[str, str]:
+    """What is in the file of a user's reward; nothing for one that has a name."""
+    path = Path(reward.rpartition(":")[0])
+    if path.suffix != ".py" or not path.is_file():
+        return {}
+    return {"--reward (sha256)": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def _settings(
     options: EvaluationOptions,
     model: ModelFolder,
@@ -273,6 +282,7 @@ def _settings(
             "model (sha256)": fingerprint,
             "benchmarks (sha256)": {part.name: part.sha256 for part in data},
             **options.deciding(),
+            **_reward_file(options.reward),
             "--max-response-tokens": config.rollout.max_response_tokens,
         },
         "model": {"path": options.model, "folder": str(model.folder)},

@@ -20,10 +20,8 @@ from r2vpo_megatron.evaluation.answers import (
 )
 from r2vpo_megatron.evaluation.benchmarks import (
     BENCHMARKS,
-    load_benchmark,
     local_benchmark,
     read_benchmark,
-    resolve_benchmark,
 )
 from r2vpo_megatron.evaluation.columns import column_names, find_value
 
@@ -82,7 +80,7 @@ def test_three_copies_of_aime24_have_the_same_answers() -> None:
     if not all((DATA / file).is_file() for file in files):
         pytest.skip(f"not all of {files} in {DATA}")
     answers = [
-        sorted(problem.answer for problem in load_benchmark("aime24", DATA / file))
+        sorted(problem.answer for problem in read_benchmark("aime24", DATA / file).problems)
         for file in files
     ]
     assert answers[0] == answers[1] == answers[2]
@@ -102,7 +100,7 @@ def test_the_grader_reads_every_gold_answer(file: str) -> None:
     if not (DATA / file).is_file():
         pytest.skip(f"no {DATA / file}")
     name = "olymmath" if "Olym" in file else "hmmt_feb25"
-    assert load_benchmark(name, DATA / file)
+    assert read_benchmark(name, DATA / file).problems
 
 
 def test_the_papers_five_have_the_papers_sizes() -> None:
@@ -196,7 +194,7 @@ def test_an_answer_that_does_not_parse_is_named_with_its_row(tmp_path: Path) -> 
     rows[4]["answer"] = r"\frac{1}{0}"
     path = _write(tmp_path / "h.jsonl", rows)
     with pytest.raises(ValueError, match=r"h\.jsonl:5: column answer: answer .* does not parse"):
-        load_benchmark("hmmt_feb25", path)
+        read_benchmark("hmmt_feb25", path)
 
 
 def test_the_checker_sees_the_answers_and_its_verdict_counts(tmp_path: Path) -> None:
@@ -216,10 +214,10 @@ def test_the_checker_sees_the_answers_and_its_verdict_counts(tmp_path: Path) -> 
 def test_wrong_number_of_problems(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.jsonl", _aime(29))
     with pytest.raises(ValueError, match=r"a\.jsonl: expected 30 problems, found 29"):
-        load_benchmark("aime24", path)
+        read_benchmark("aime24", path)
     doubled = _write(tmp_path / "b.jsonl", [*_aime(29), _aime()[3]])
     with pytest.raises(ValueError, match=r"expected 30 problems, found 29 \(1 rows were copies"):
-        load_benchmark("aime24", doubled)
+        read_benchmark("aime24", doubled)
 
 
 def test_limit_comes_after_the_checks(tmp_path: Path) -> None:
@@ -228,23 +226,23 @@ def test_limit_comes_after_the_checks(tmp_path: Path) -> None:
     assert [problem.answer for problem in limited.problems] == ["0", "1"]
     assert limited.sha256 != read_benchmark("aime24", path).sha256
     with pytest.raises(ValueError, match="found 29"):
-        load_benchmark("aime24", _write(tmp_path / "b.jsonl", _aime(29)), limit=2)
+        read_benchmark("aime24", _write(tmp_path / "b.jsonl", _aime(29)), limit=2)
     with pytest.raises(ValueError, match=r"a\.jsonl:3: column answer"):
-        load_benchmark("aime24", _write(path, _aime(r3={"answer": 27.5})), limit=2)
+        read_benchmark("aime24", _write(path, _aime(r3={"answer": 27.5})), limit=2)
     with pytest.raises(ValueError, match="limit = 0"):
-        load_benchmark("aime24", path, limit=0)
+        read_benchmark("aime24", path, limit=0)
 
 
 def test_missing_column_lists_those_that_are_there(tmp_path: Path) -> None:
     rows = [{"id": 1, "text": "p", "meta": {"gold": 3}}]
     path = _write(tmp_path / "a.jsonl", rows)
     with pytest.raises(ValueError, match=r"a\.jsonl:1: no column for the problem; there are: id, "):
-        load_benchmark("aime24", path)
+        read_benchmark("aime24", path)
     rows[0]["problem"] = "p"
     with pytest.raises(
         ValueError, match=r"for the answer; there are: id, text, meta\.gold, problem; valid: one of"
     ):
-        load_benchmark("aime24", _write(path, rows))
+        read_benchmark("aime24", _write(path, rows))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +264,7 @@ def test_missing_column_lists_those_that_are_there(tmp_path: Path) -> None:
 )
 def test_a_broken_row_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_benchmark("aime24", _write(tmp_path / "a.jsonl", _aime(r3=change)))
+        read_benchmark("aime24", _write(tmp_path / "a.jsonl", _aime(r3=change)))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +275,7 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str) -> N
     path = tmp_path / "a.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        load_benchmark("aime24", path)
+        read_benchmark("aime24", path)
 
 
 def test_template_in_the_text_is_taken_off(tmp_path: Path) -> None:
@@ -303,21 +301,49 @@ def test_own_benchmark_of_any_size(tmp_path: Path) -> None:
     data = local_benchmark("mine", path)
     assert [problem.answer for problem in data.problems] == ["2", r"\frac12"]
     assert [problem.problem_id for problem in data.problems] == ["mine-0001", "mine-0002"]
-    assert resolve_benchmark(f"mine={path}") == data
-    assert resolve_benchmark(f"mine={path}", limit=1).problems == data.problems[:1]
+    assert local_benchmark("mine", path, limit=1).problems == data.problems[:1]
+    with pytest.raises(ValueError, match="empty name"):
+        local_benchmark(" ", path)
     with pytest.raises(ValueError, match="known ones"):
         local_benchmark("aime24", path)
 
 
-def test_an_item_of_the_command_line(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.jsonl", _aime())
-    assert len(resolve_benchmark(f"aime24={path}").problems) == 30
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'aime' is unknown; valid: aime24, .*NAME=PATH"):
-        resolve_benchmark("aime")
-    with pytest.raises(ValueError, match="no file after"):
-        resolve_benchmark("mine=")
-    with pytest.raises(ValueError, match="empty name"):
-        resolve_benchmark(f"={path}")
+        read_benchmark("aime")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("olymmath", "OlymMATH-EN-EASY.jsonl"),
+        ("olymmath", "OlymMATH-ZH-HARD.jsonl"),
+        ("olymmath_en_easy", "OlymMATH-EN-HARD.jsonl"),
+        ("olymmath_zh_easy", "OlymMATH-EN-EASY.jsonl"),
+        ("olymmath_zh_hard", "OlymMATH-ZH-EASY.jsonl"),
+        ("aime25", "aime24__Klear.jsonl"),
+    ],
+)
+def test_a_sister_of_the_benchmark_is_refused(name: str, file: str) -> None:
+    """As many problems in the same columns; the ids tell."""
+    if not (DATA / file).exists():
+        pytest.skip(f"{file} is not there")
+    with pytest.raises(ValueError, match=f"{file}: problem '.*' is of another benchmark"):
+        read_benchmark(name, DATA / file, check_answers=lambda answers: [True] * len(answers))
+
+
+@pytest.mark.parametrize("column", ["problem", "id"])
+def test_half_a_surrogate_pair_is_named(tmp_path: Path, column: str) -> None:
+    rows = _aime(r3={column: "a\ud800"})
+    path = _write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"a\.jsonl:3: column {column}: '\\ud800' at character 2"):
+        read_benchmark("aime24", path)
+
+
+def test_a_null_in_the_first_row_is_no_missing_column(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.jsonl", _aime(r1={"answer": None}))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: column answer: null"):
+        read_benchmark("aime24", path)
 
 
 def test_the_hub_is_asked_by_the_tables_entry(monkeypatch: pytest.MonkeyPatch) -> None:

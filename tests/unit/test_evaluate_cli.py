@@ -190,6 +190,10 @@ def test_greedy_is_one_sample_without_temperature(
         (["--benchmark-file", "mine"], "--benchmark-file mine: not valid; valid: NAME=PATH"),
         (["--benchmark-file", "=a"], "--benchmark-file =a: not valid; valid: NAME=PATH"),
         (["--benchmark-file", "../x=/"], "--benchmark-file ../x=/: not valid; valid: NAME=PATH, "),
+        (
+            ["--benchmark-file", "average=/"],
+            "--benchmark-file average=/: not valid; valid: another",
+        ),
         (["--greedy", "--samples", "2"], "--samples 2: not valid; valid: 1 with --greedy"),
         (["--greedy", "--top-p", "0.9"], "--top-p 0.9: not valid; valid: left out with --greedy"),
         (["--greedy", "--temperature", "0"], "--temperature 0.0: not valid; valid: left out"),

@@ -205,6 +205,9 @@ def test_a_training_run_is_its_final_weights(
     other = as_run(tmp_path / "run-8", {"path": "", "testbed": "pangu"})
     shutil.copytree(model, other / "hf")
     assert find_model(other).base == "tiny pangu"
+    config = json.loads((other / "config.json").read_text()) | {"model_dir": "/cache/tiny-pangu-4"}
+    (other / "config.json").write_text(json.dumps(config))
+    assert find_model(other).base == "tiny-pangu-4"
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,18 @@ def test_a_fingerprint_tells_models_apart(model: Path) -> None:
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     (model / "generation_config.json").write_text('{"eos_token_id": 3}')
     assert len({first, changed, fingerprint_model(model)}) == 3
+
+
+def test_the_files_of_a_slow_tokenizer_count_where_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "merges.txt").write_text("a b")
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    slow = fingerprint_model(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"b": 0}')
+    assert fingerprint_model(tmp_path) != slow
+    (tmp_path / "tokenizer.json").write_text("{}")
+    fast = fingerprint_model(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    assert fingerprint_model(tmp_path) == fast
 
 
 def test_a_large_file_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
@@ -303,6 +318,22 @@ def test_going_on_needs_the_same_evaluation(
 def test_going_on_where_nothing_was_begun_begins(options: Any, prepare: Any) -> None:
     assert len(prepare(options, resume=True).evaluation.remaining) == 10
     assert len(prepare(options, resume=True).evaluation.remaining) == 10
+
+
+def test_going_on_with_an_edited_reward_is_refused(
+    options: Any, prepare: Any, tmp_path: Path
+) -> None:
+    """Its verdicts would be mixed with those of the file as it was."""
+    file = tmp_path / "own.py"
+    text = "from r2vpo_megatron.rewards import RewardResult\n\n"
+    text += "def reward(prompt, text):\n    return RewardResult(1.0, True, text, True)\n"
+    file.write_text(text)
+    own = replace(options, reward=f"{file}:reward", check_answer_form=False)
+    prepare(own)
+    prepare(own, resume=True)
+    file.write_text(text.replace("True, text", "False, text"))
+    with pytest.raises(ValueError, match=r"settings: --reward \(sha256\): '"):
+        prepare(own, resume=True)
 
 
 def test_two_processes_do_not_write_one_folder(options: Any, tmp_path: Path) -> None:

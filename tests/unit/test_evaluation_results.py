@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from r2vpo_megatron.evaluation import results as results_module
+from r2vpo_megatron.evaluation.markdown import escape_markdown
 from r2vpo_megatron.evaluation.results import read_results, write_results
 from tests.evaluation_results import make_result
 
@@ -69,7 +70,7 @@ def test_page_shows_what_was_found(tmp_path: Path) -> None:
     text = write_results(tmp_path, result).with_suffix(".md").read_text()
     lines = text.splitlines()
     assert lines[0] == "# tiny"
-    assert any(line.startswith("| AIME24 | 4 | 50.0 | 20.4 | 0.0 to 100.0 |") for line in lines)
+    assert any(line.startswith("| AIME24 | 4 | 50.0 | 20.4 | 10.4 to 89.6 |") for line in lines)
     assert any(line.startswith("| Average |  | 62.5 | 16.1 |") for line in lines)
     # pass@2 of aime24: three of four problems have a right one
     assert "| AIME24 | 50.0 | 75.0 |" in lines
@@ -79,6 +80,14 @@ def test_page_shows_what_was_found(tmp_path: Path) -> None:
         line.replace(r"\|", "").count("|") for line in lines if line.startswith("| AMC23 | 2 | ")
     }
     assert widths == {8}
+
+
+def test_a_path_that_is_not_unicode_does_not_break_the_end(tmp_path: Path) -> None:
+    """As Python has a folder's name in another encoding."""
+    result = replace(RESULT, model=replace(RESULT.model, path="models/\udcff"))
+    path = write_results(tmp_path, result)
+    assert read_results(path) == result
+    assert "| path | models/\\udcff |" in (tmp_path / "results.md").read_text()
 
 
 def test_a_failed_write_leaves_the_old_file(
@@ -178,3 +187,17 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes, message: str) ->
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"results\.json: no such file"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("math_dapo", "math_dapo"),
+        ("gsm8k_test__openai.jsonl", "gsm8k_test__openai.jsonl"),
+        ("a/__init__/_b", r"a/\_\_init\_\_/\_b"),
+        ("a|b *c* `d` [e] <f> \\", r"a\|b \*c\* \`d\` \[e\] \<f> \\"),
+        ("two\nlines", "two lines"),
+    ],
+)
+def test_only_what_markdown_would_read_is_escaped(text: str, escaped: str) -> None:
+    assert escape_markdown(text) == escaped

@@ -105,7 +105,7 @@ def make(folder: Path, seed: int = 0) -> tuple[Evaluation, ResponseLog]:
 
 
 def kept(log: ResponseLog) -> set[tuple[str, ResponseRecord]]:
-    records = [(part.name, record) for part in BENCHMARKS for record in log.load(part.name)]
+    records = [(part.name, record) for part in BENCHMARKS for record in log.read(part.name)]
     assert len(set(records)) == len(records)
     return set(records)
 
@@ -236,7 +236,7 @@ def test_progress_is_told_of_each_chunk_with_the_accuracy_so_far(tmp_path: Path)
         {"first": 9}, {"first": 9}, {"first": 2, "second": 7}, {"second": 5}
     ]  # fmt: skip
     for part in BENCHMARKS:
-        records = log.load(part.name)
+        records = list(log.read(part.name))
         accuracy = sum(record.acc for record in records) / len(records)
         assert told.notes[part.name] == f"accuracy {accuracy:.3f}"
 
@@ -245,7 +245,7 @@ def test_texts_are_on_disk_and_not_in_memory(tmp_path: Path) -> None:
     evaluation, log = make(tmp_path / "run")
     evaluation.run(FakeEngines(), SAMPLING, JUDGE, Told(), chunk_responses=9)
     assert {record.text for record in evaluation.records("first")} == {""}
-    assert "" not in {record.text for record in log.load("first")}
+    assert "" not in {record.text for record in log.read("first")}
     assert {record.text for record in make(tmp_path / "run")[0].records("first")} == {""}
 
 
@@ -257,7 +257,7 @@ def test_the_time_of_a_chunk_is_shared_by_tokens(
     evaluation, log = make(tmp_path / "run")
     evaluation.run(FakeEngines(), SAMPLING, JUDGE, Told(), chunk_responses=TOTAL)
     tokens = {
-        part.name: sum(record.num_tokens for record in log.load(part.name)) for part in BENCHMARKS
+        part.name: sum(record.num_tokens for record in log.read(part.name)) for part in BENCHMARKS
     }
     seconds = log.load_seconds()
     assert sum(seconds.values()) == pytest.approx(40.0)
@@ -288,7 +288,7 @@ def test_a_pred_that_is_no_text_can_be_read_again(tmp_path: Path) -> None:
 
     evaluation, log = make(tmp_path / "run")
     evaluation.run(FakeEngines(), SAMPLING, Judge(decode, number), Told(), chunk_responses=50)
-    assert {record.pred for record in log.load("first")} == {"5"}
+    assert {record.pred for record in log.read("first")} == {"5"}
 
 
 def test_a_seed_is_the_hash_of_what_it_belongs_to() -> None:

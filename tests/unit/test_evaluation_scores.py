@@ -69,7 +69,8 @@ def test_two_problems_by_hand() -> None:
     assert scores.pass_at_1 == 0.5
     # deviations +-1/4: sqrt((1/16 + 1/16) / (2 * 1)) = 1/4
     assert scores.standard_error == pytest.approx(0.25, abs=1e-12)
-    assert scores.interval == (0.0, 1.0)  # 12.7 * 0.25 on either side, within 0..1
+    # Wilson's of 0.25 / (1/4)^2 = 4 trials with t = 12.706: 1/2 -+ t / 2 / sqrt(4 + t^2)
+    assert scores.interval == pytest.approx((0.00609, 0.99391), abs=1e-5)
     # k = 2: 1 - C(1,2)/C(4,2) = 1 and 1 - C(3,2)/C(4,2) = 1/2
     assert scores.pass_at_k == {1: 0.5, 2: 0.75, 4: 1.0}
     # k = 4: three votes to one; 7 beats right by two to one.
@@ -250,6 +251,25 @@ def test_student_quantiles_of_the_tables() -> None:
     assert student_quantile(10**6) == pytest.approx(1.95997, abs=1e-4)
     with pytest.raises(ValueError, match="valid: at least 1"):
         student_quantile(0)
+
+
+def test_an_interval_near_nothing_covers() -> None:
+    """Few problems have any right response: m -+ t SE covers 88 times in 100."""
+    generator = np.random.default_rng(5)
+    rates = generator.beta(0.1, 2.0, size=(3000, 30))
+    means = generator.binomial(4, rates) / 4
+    intervals = list(map(confidence_interval, means.tolist()))
+    covered = [low <= 0.1 / 2.1 <= high for low, high in intervals]
+    assert 0.93 < np.mean(covered) < 0.985
+    # One problem of four at 1/2: m = 1/8 = SE, 7 trials, t = 3.182: r = t^2 / 7 = 1.446;
+    # (1/8 + 0.723 -+ sqrt(1.446 * (7/64 + 0.3615))) / 2.446
+    assert confidence_interval([0.5, 0, 0, 0]) == pytest.approx((0.0095, 0.6841), abs=1e-3)
+    assert confidence_interval([0.25] * 3) == (0.25, 0.25)
+
+
+def test_votes_fewer_than_the_right_responses() -> None:
+    # 2 of 3 right, 1 wrong, one is drawn
+    assert majority_scores(2, [1], 0, [1]) == pytest.approx([2 / 3])
 
 
 def test_none_right_still_has_an_interval() -> None:

@@ -175,6 +175,7 @@ def test_group_without_a_base_says_so() -> None:
         ("grader", "math_dapo_minerva"),
         ("chat_template", "plain"),
         ("system", "Be brief."),
+        ("dtype", "float32"),
     ],
 )
 def test_different_settings_are_refused(name: str, value: object) -> None:
@@ -231,10 +232,17 @@ def test_markdown() -> None:
     assert better[2:5] == ["**62.5 ± 23.9**", "**37.5 ± 23.9**", "**50.0 ± 16.9**"]
     assert better[5].startswith("+33.3% (")
     assert any(
-        line.startswith(r"| tiny | R2\|VPO | +25.0 (-20.9 to +70.9) | +0.0 (+0.0 to +0.0)")
-        for line in table
+        line.startswith(r"| tiny | R2\|VPO | +25.0 (-20.9 to +70.9) | +0.0 |") for line in table
     )
-    assert "Settings: temperature 0.6, top\\_p 0.95, num\\_samples 2," in lines
+    assert "Settings: temperature 0.6, top_p 0.95, num_samples 2," in lines
+
+
+def test_csv_has_the_interval_of_the_results() -> None:
+    """None right: not the 0 to 0 that a spread of 0 would give."""
+    nothing = _result("tiny", aime24=[[False, False]] * 4, amc23=[[True, False]] * 2)
+    row = next(csv.DictReader(io.StringIO(format_csv(build_table([_entry("Base", nothing)])))))
+    assert row["aime24_low"] == "0.0000"
+    assert float(row["aime24_high"]) == pytest.approx(100 * 3.8415 / 7.8415, abs=1e-2)
 
 
 def test_csv_can_be_read_back() -> None:
@@ -295,46 +303,6 @@ def test_ties_are_all_bold_and_reported_rows_never() -> None:
     assert "- (reported): from somewhere; settings and grader may differ." in text
 
 
-def test_reported_file(tmp_path: Path) -> None:
-    path = tmp_path / "paper.csv"
-    path.write_text("model,method,aime24,average\ntiny,GRPO, 48.2% ,\n", encoding="utf-8")
-    (row,) = load_reported(str(path)).rows
-    assert (row.model, row.method, row.percents, row.average) == (
-        "tiny",
-        "GRPO",
-        {"aime24": 48.2},
-        None,
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", r"column model: missing"),
-        ("model,aime24\n", r"column method: missing; there are: model, aime24"),
-        ("model,method,aime\n", r"column 'aime': unknown; valid: model, method, average, aime24"),
-        ("model,method,aime24\n", "no rows"),
-        ("model,method,aime24\na,b,high\n", r"paper\.csv:2: column aime24: 'high'"),
-        ("model,method,aime24\na,b,120\n", r"paper\.csv:2: column aime24: '120'; valid: 0 to 100"),
-        ("model,method,aime24\na,,1\n", r"paper\.csv:2: column method: empty"),
-        ("model,method,aime24\na,b,1,2\n", r"paper\.csv:2: 4 values; valid: .*, 3"),
-        ("model,method,aime24\na,b\n", r"paper\.csv:2: 2 values; valid: .*, 3"),
-        ("model,method,aime24,aime24\na,b,1,2\n", r"column aime24: there twice"),
-        ('model,method\na,"b\n', "not a CSV file"),
-    ],
-)
-def test_a_broken_reported_file_is_named(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "paper.csv"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        load_reported(str(path))
-
-
-def test_an_unknown_reference_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'papers': no such table; valid: paper, or a \.csv"):
-        load_reported("papers")
-
-
 def test_the_papers_words_are_appended() -> None:
     table = build_table([_entry("Base", BASE)], reference=load_reported("paper"))
     assert table.notes == REPORTED["paper"].remarks
@@ -385,6 +353,23 @@ def test_command_writes_all_formats(tmp_path: Path) -> None:
         main(arguments)
     with pytest.raises(ValueError, match=r"--label 'x': valid: NAME=PATH"):
         main([str(tmp_path), "--label", "x"])
+
+
+def test_a_file_given_twice_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_results(tmp_path / "base", BASE)
+    monkeypatch.chdir(tmp_path)
+    assert len(load_entries([Path("base"), path, Path("base/results.json")], {})) == 1
+
+
+def test_a_terminal_without_the_signs_still_gets_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_results(tmp_path, BASE)
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii"))
+    assert main([str(tmp_path)]) == 0
+    sys.stdout.flush()
+    assert rb"37.5 \xb1 23.9" in content.getvalue()
 
 
 def test_command_ends_with_2_on_bad_input(tmp_path: Path) -> None:

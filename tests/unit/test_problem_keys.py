@@ -20,6 +20,9 @@ from r2vpo_megatron.data.problem_keys import ascii_key, layout_key, letters_key
         ("the sum \\[a+b.\\]", "the sum\n$$a+b$$"),
         ("a “word” here", 'a "word" here'),
         ("求 $n$ 的值。", "求n的值."),
+        ("求ｎ＋１", "求n+1"),
+        ("x² and 10₂", "$x^2$ and $10_{2}$"),
+        ("is it so?.. yes", "is it so? yes"),
     ],
 )
 def test_layout_is_not_part_of_a_problem(one: str, other: str) -> None:
@@ -43,6 +46,10 @@ def test_layout_is_not_part_of_a_problem(one: str, other: str) -> None:
         ("a < b", "a > b"),
         ("2:1", "21"),
         ("1 2", "12"),
+        ("find 10²", "find 102"),
+        ("101₂", "1012"),
+        ("x²", "x₂"),
+        ("chance .5 of", "chance 5 of"),
     ],
 )
 def test_what_changes_a_problem_is_kept(one: str, other: str) -> None:
