@@ -46,7 +46,7 @@ make_environment() {
     local python
     python=$(find_python)
     check_machine "$python"
-    echo "set-up: making .venv with $(grep -c '==' "$lock") pinned packages (about 2 minutes, 2.9 GB)"
+    echo "set-up: making .venv with $(grep -c '==' "$lock") pinned packages (about 2 minutes, 3.2 GB)"
     rm -rf .venv
     "$python" -m venv .venv
     .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
