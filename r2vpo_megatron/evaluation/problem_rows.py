@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r2vpo_megatron.data.templates import PROMPT_TEMPLATES
+from r2vpo_megatron.data.templates import take_off_templates
 from r2vpo_megatron.evaluation.answers import ANSWER_FORMS, AnswerChecker
 from r2vpo_megatron.evaluation.columns import choose_column, read_column
 
@@ -142,13 +142,9 @@ class ProblemReader:
             raise ValueError(
                 f"{where}: column {column}: a {type(value).__name__}; valid: the text of a problem"
             )
-        text = value.strip()
-        for name, template in PROMPT_TEMPLATES.items():
-            stripped = template.strip(value)
-            if stripped is not None and stripped.strip() != text:
-                self._num_templates[name] = self._num_templates.get(name, 0) + 1
-                text = stripped.strip()
-                break
+        text, template = take_off_templates(value)
+        if text != value.strip():
+            self._num_templates[template] = self._num_templates.get(template, 0) + 1
         if not text:
             raise ValueError(f"{where}: column {column}: empty; valid: the text of a problem")
         _check_unicode(text, where, column)

@@ -292,6 +292,14 @@ def test_template_in_the_text_is_taken_off(tmp_path: Path) -> None:
     assert data.notes == ("prompt template 'dapo' was taken off 30 rows",)
 
 
+def test_templates_within_each_other_are_both_taken_off(tmp_path: Path) -> None:
+    inner = PROMPT_TEMPLATES["boxed"].apply("What is 1+1?")
+    row = {"problem": f" \n{PROMPT_TEMPLATES['dapo'].apply(inner)} ", "answer": "2"}
+    data = local_benchmark("mine", _write(tmp_path / "mine.jsonl", [row]))
+    assert data.problems[0].problem == "What is 1+1?"
+    assert data.notes == ("prompt template 'dapo' was taken off 1 rows",)
+
+
 def test_own_benchmark_of_any_size(tmp_path: Path) -> None:
     rows = [
         {"question": "1+1?", "ground_truth": 2},
