@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
-import sys
-import traceback
 from pathlib import Path
 from types import ModuleType
 
 from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.config.user_file import import_user_file, user_file_error
 
 
 def load_recipe(name: str) -> RunConfig:
@@ -23,7 +21,7 @@ def load_recipe(name: str) -> RunConfig:
     path = Path(file_name)
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"recipe {name!r}: no such file {file_name!r}; {_describe_files(path)}")
-    module = _import_file(path)
+    module = import_user_file(path, "recipe")
     functions = _list_functions(module)
     if function_name not in functions:
         nearest = difflib.get_close_matches(function_name, functions, n=1)
@@ -39,37 +37,11 @@ def load_recipe(name: str) -> RunConfig:
     return config
 
 
-def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    # As the import system does: dataclasses defined in the recipe look themselves up here.
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a recipe is the user's code and may raise anything
-        raise _recipe_failed(error, path) from error
-    return module
-
-
 def _call(module: ModuleType, function_name: str, path: Path) -> object:
     try:
         return getattr(module, function_name)()
-    except Exception as error:  # likewise
-        raise _recipe_failed(error, path) from error
-
-
-def _recipe_failed(error: Exception, path: Path) -> ValueError:
-    """Name the recipe's own line, which is where the user can do something."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename) == path.absolute() or frame.filename == str(path)
-    ]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    where = f"{path}:{line}" if line else str(path)
-    what = error.msg if isinstance(error, SyntaxError) else str(error)
-    return ValueError(f"{where}: {type(error).__name__}: {what}")
+    except Exception as error:  # a recipe is the user's code and may raise anything
+        raise user_file_error(error, path) from error
 
 
 def _list_functions(module: ModuleType) -> list[str]:

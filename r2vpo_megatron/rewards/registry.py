@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from r2vpo_megatron.config.user_file import import_user_file
 from r2vpo_megatron.records import Prompt
 from r2vpo_megatron.rewards.math_dapo import MathDapoReward
 from r2vpo_megatron.rewards.result import RewardFunction, RewardResult
@@ -103,27 +101,4 @@ def _import_module(name: str, module_name: str) -> ModuleType:
 def _import_file(name: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"reward {name!r}: no such file {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    # As the import system does: dataclasses defined in the file look themselves up here.
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
-        del sys.modules[spec.name]
-        raise _file_failed(error, path) from error
-    return module
-
-
-def _file_failed(error: Exception, path: Path) -> ValueError:
-    """Name the file's own line, which is where the user can do something."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return ValueError(f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}")
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).absolute() == path.absolute()
-    ]
-    where = f"{path}:{lines[-1]}" if lines else str(path)
-    return ValueError(f"{where}: {type(error).__name__}: {error}")
+    return import_user_file(path, "reward")
