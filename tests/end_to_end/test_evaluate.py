@@ -17,7 +17,7 @@ import ray
 from r2vpo_megatron.cli.evaluate import main
 from r2vpo_megatron.evaluation.results import read_results
 from r2vpo_megatron.testbed.tiny_model import ensure_tiny_model
-from tests.end_to_end.test_ring import REPO, Run, marked_processes
+from tests.end_to_end.test_ring import REPO, Run
 
 NUM_PROBLEMS, NUM_SAMPLES = 256, 4
 NUM_RESPONSES = NUM_PROBLEMS * NUM_SAMPLES
@@ -55,12 +55,7 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
 
     yield start_run
     for run in runs:
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.wait()
-        for pid in marked_processes(run.mark):
-            os.kill(pid, signal.SIGKILL)
-        run.output.close()
+        run.clean_up()
 
 
 def read_responses(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:

@@ -88,6 +88,15 @@ class Run:
             pid for pid, title in marked_processes(self.mark).items() if f"ray::{name}" in title
         )
 
+    def clean_up(self) -> None:
+        """End what is left of it, whatever a test made of it."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for pid in marked_processes(self.mark):
+            os.kill(pid, signal.SIGKILL)
+        self.output.close()
+
     def assert_nothing_left(self, seconds: float = 30.0) -> None:
         """Ray's daemons may take a moment to go once the driver has."""
         deadline = time.monotonic() + seconds
@@ -147,12 +156,7 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator:
 
     yield start_run
     for run in runs:
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.wait()
-        for pid in marked_processes(run.mark):
-            os.kill(pid, signal.SIGKILL)
-        run.output.close()
+        run.clean_up()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from r2vpo_megatron.data.chat import ChatTokenizer, tokenize_prompts
 from r2vpo_megatron.data.prompts import RawPrompt
+from tests.byte_tokenizers import SPECIAL, write_byte_tokenizer
 
 WORDS = ["<pad>", "<s>", "</s>", "<turn>", "<end>", "user", "assistant", "what", "is", "two"]
 TEMPLATE = (
@@ -155,7 +156,6 @@ def test_a_sentencepiece_folder_needs_no_remote_code(sentencepiece_folder: Path)
     assert tokenizer.decode_response(reference.encode("two<turn> is<end>")) == "two is"
 
 
-SPECIAL = ["<bos>", "<eos>", "<｜User｜>", "<｜Assistant｜>", "[unused9]", "[unused10]"]
 TURNS = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "one"},
@@ -167,16 +167,7 @@ TURNS = [
 def write_byte_folder(folder: Path, special: list[str] = SPECIAL, template: str = "") -> Path:
     """Byte-level, as DeepSeek-R1-Distill's: the class named is Llama's, and plain text gets BOS."""
     folder.mkdir()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=special)
-    tokenizer.train_from_iterator([], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 0)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_byte_tokenizer(folder, special)
     config = {
         "tokenizer_class": "LlamaTokenizerFast",
         "add_bos_token": True,

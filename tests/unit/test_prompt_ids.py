@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 from r2vpo_megatron.config import AlgorithmConfig, RolloutConfig, RunConfig, TrainConfig
 from r2vpo_megatron.data.chat import ChatTokenizer, tokenize_prompts
@@ -19,8 +19,8 @@ from r2vpo_megatron.data.prompts import RawPrompt
 from r2vpo_megatron.orchestration.collect import Collector
 from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory
 from r2vpo_megatron.rewards import RewardResult
+from tests.byte_tokenizers import write_byte_tokenizer
 
-SPECIAL = ["<bos>", "<eos>", "<｜User｜>", "<｜Assistant｜>", "[unused9]", "[unused10]"]
 TEXTS = ("What is 1+1?", "求 2+2 的值")
 
 
@@ -50,16 +50,7 @@ def judge(_prompt: Prompt, _text: str) -> RewardResult:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Plain text gets <bos> in front, as openPangu's and DeepSeek-R1-Distill's tokenizers do it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=SPECIAL)
-    tokenizer.train_from_iterator([], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 0)]
-    )
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_byte_tokenizer(tmp_path)
     config = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
