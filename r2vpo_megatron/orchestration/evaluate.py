@@ -20,7 +20,6 @@ from r2vpo_megatron.orchestration.evaluation_inputs import PreparedEvaluation
 from r2vpo_megatron.orchestration.groups import RolloutGroup, needed_resources
 
 START_UP = "(start-up)"  # of the engines, beside the benchmarks' times; no benchmark's name
-STOP_SECONDS = 15.0  # for engines to end their own processes; then Ray ends them
 
 
 def run_evaluation(prepared: PreparedEvaluation) -> results.EvaluationResult:
@@ -68,7 +67,7 @@ def _engines(config: RunConfig, model_dir: Path) -> Iterator[RolloutGroup]:
             ray.get(group.begin_start(), timeout=config.runtime.timeout_seconds)
             yield group
         finally:
-            group.stop(STOP_SECONDS)
+            group.stop()
 
 
 def _describe(prepared: PreparedEvaluation) -> str:

@@ -23,6 +23,8 @@ from r2vpo_megatron.rollout.sampling import SamplingSettings
 from r2vpo_megatron.rollout.vllm_engine import engine_environment
 from r2vpo_megatron.weight_sync.protocol import WeightBucket
 
+STOP_SECONDS = 15.0  # for engines to end their own processes
+
 
 class LearnerGroup:
     """All Megatron ranks of the learner."""
@@ -203,12 +205,12 @@ class RolloutGroup:
         results = ray.get(references, timeout=self._timeout)
         return {name: max(result[name] for result in results) for name in results[0]}
 
-    def stop(self, timeout_seconds: float) -> None:
-        """End the engines' own processes, as far as they answer in time."""
+    def stop(self) -> None:
+        """End the engines' own processes, as far as they answer in time; Ray ends the others."""
         ray.wait(
             [engine.stop.remote() for engine in self._engines],
             num_returns=len(self._engines),
-            timeout=timeout_seconds,
+            timeout=STOP_SECONDS,
         )
 
 

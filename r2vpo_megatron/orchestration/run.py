@@ -22,8 +22,6 @@ from r2vpo_megatron.replay import ReplayBuffer
 from r2vpo_megatron.report.learning_curve import plot_learning_curve
 from r2vpo_megatron.rewards import load_reward
 
-STOP_SECONDS = 15.0  # for engines to end their own processes; then Ray ends them
-
 
 def run_training(run: PreparedRun) -> None:
     """Train, and write metrics, learning curve and final weights to the run's folder.
@@ -59,7 +57,7 @@ def _workers(run: PreparedRun) -> Iterator[tuple[LearnerGroup, RolloutGroup]]:
             learner.finish_start()
             yield learner, rollout
         finally:
-            rollout.stop(STOP_SECONDS)
+            rollout.stop()
 
 
 def _require_shared_memory(run: PreparedRun, learner: LearnerGroup, rollout: RolloutGroup) -> None:
