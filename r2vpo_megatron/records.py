@@ -39,17 +39,19 @@ class GenerationRequest:
     sample_id: str
     prompt_token_ids: tuple[int, ...]
     seed: int
+    # What an aborted attempt has sampled; the response goes on after it and counts it in its limit.
+    partial_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a rollout engine returns for one GenerationRequest."""
+    """What a rollout engine returns for one GenerationRequest: the tokens that it sampled."""
 
     sample_id: str
     token_ids: tuple[int, ...]  # [R], the stop token included where it was sampled
     rollout_logprobs: FloatArray  # [R] log-prob of each sampled token at the sampling temperature
     finish_reason: str  # "stop" | "length" | "abort"
-    policy_version: int  # version of the weights that sampled it
+    policy_versions: IntArray  # [R] version of the weights that sampled each token, ascending
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Trajectory:
 
     `behavior_logprobs` is log pi_off of R2VPO (arXiv 2601.03320), the denominator of the
     importance ratio: fixed when the response was sampled, never recomputed with newer weights.
+    A response that weights were pushed under has tokens of several versions, and each its own.
     """
 
     sample_id: str
@@ -69,8 +72,8 @@ class Trajectory:
     reward: float
     advantage: float
     finish_reason: str
-    policy_version: int
-    iteration: int  # the iteration that generated it
+    policy_versions: IntArray  # [R] version of the weights that sampled each token, ascending
+    iteration: int  # the iteration that it is first learned in
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +96,7 @@ class PackedBatch:
     response_mask: npt.NDArray[np.bool_]  # [T]
     behavior_logprobs: FloatArray  # [T]
     rollout_logprobs: FloatArray  # [T]
+    policy_versions: IntArray  # [T]
     advantages: FloatArray  # [T], constant over a response
     sequence_ids: IntArray  # [T], 0..S-1; tail padding gets -1
     sample_ids: tuple[str, ...]  # [S], in order; tail padding has none

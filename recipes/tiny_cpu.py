@@ -13,6 +13,7 @@ from r2vpo_megatron.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PipelineConfig,
     ReplayConfig,
     RolloutConfig,
     RunConfig,
@@ -56,6 +57,31 @@ def r2vpo_on_policy() -> RunConfig:
         replay=ReplayConfig(capacity_iterations=1, update_to_data=1.0),
         train=replace(base.train, mini_batch_samples=base.samples_per_iteration // 4),
         algorithm=replace(base.algorithm, dual_target=0.01),
+    )
+
+
+def r2vpo_off_policy_async() -> RunConfig:
+    """Algorithm 2 with rollout and learner side by side, samples up to one version old when new.
+
+    The ratio's denominator is what the engines reported, as the learner has moved on by then.
+    """
+    base = r2vpo_off_policy()
+    return replace(
+        base,
+        algorithm=replace(base.algorithm, behavior_logprobs="rollout"),
+        pipeline=PipelineConfig(mode="asynchronous", max_staleness=1),
+    )
+
+
+def self_test() -> RunConfig:
+    """Small iterations, for `r2vpo_megatron.cli.doctor --self-test`, which sets the rate to 0."""
+    base = r2vpo_off_policy()
+    return replace(
+        base,
+        train=replace(
+            base.train, num_iterations=50, prompts_per_iteration=8, mini_batch_samples=32
+        ),
+        evaluation=replace(base.evaluation, num_prompts=8),
     )
 
 

@@ -24,7 +24,7 @@ class ConfigField:
 
     section: str
     name: str
-    type: type
+    type: Any  # a type, or a union of two
 
     @property
     def flag(self) -> str:
@@ -90,16 +90,24 @@ def print_help(config: RunConfig, program: str, description: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # the section's own check says what is wrong with it
+
+
 def _parse_bool(text: str) -> bool:
     return _BOOLEANS[text.lower()]
 
 
 # Type of a field -> how to read it, and what to call it.
-_PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
+_PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     bool: (_parse_bool, "true or false"),
     int: (int, "an integer"),
     float: (float, "a number"),
     str: (str, "a string"),
+    float | str: (_number_or_text, "a number or a ratio such as 3/2"),
 }
 
 

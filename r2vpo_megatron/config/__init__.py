@@ -1,6 +1,7 @@
 """Configuration of a run: frozen dataclasses."""
 
 from r2vpo_megatron.config.algorithm import AlgorithmConfig
+from r2vpo_megatron.config.ring import PipelineConfig, ReplayConfig, RolloutConfig, WeightSyncConfig
 from r2vpo_megatron.config.run import RunConfig
 from r2vpo_megatron.config.sections import (
     DataConfig,
@@ -9,11 +10,8 @@ from r2vpo_megatron.config.sections import (
     OptimizerConfig,
     OutputConfig,
     ParallelConfig,
-    ReplayConfig,
-    RolloutConfig,
     RuntimeConfig,
     TrainConfig,
-    WeightSyncConfig,
 )
 
 __all__ = [
@@ -24,6 +22,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "ParallelConfig",
+    "PipelineConfig",
     "ReplayConfig",
     "RolloutConfig",
     "RunConfig",

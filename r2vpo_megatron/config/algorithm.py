@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from r2vpo_megatron.config.sections import require, require_choice
+from r2vpo_megatron.config.checks import require, require_choice
 
 
 @dataclass(frozen=True)

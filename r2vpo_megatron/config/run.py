@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from r2vpo_megatron.config.algorithm import AlgorithmConfig
+from r2vpo_megatron.config.checks import require
+from r2vpo_megatron.config.ring import PipelineConfig, ReplayConfig, RolloutConfig, WeightSyncConfig
 from r2vpo_megatron.config.sections import (
     DataConfig,
     EvaluationConfig,
@@ -13,12 +17,8 @@ from r2vpo_megatron.config.sections import (
     OptimizerConfig,
     OutputConfig,
     ParallelConfig,
-    ReplayConfig,
-    RolloutConfig,
     RuntimeConfig,
     TrainConfig,
-    WeightSyncConfig,
-    require,
 )
 
 
@@ -34,6 +34,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -45,11 +46,36 @@ class RunConfig:
         return self.train.prompts_per_iteration * self.train.responses_per_prompt
 
     @property
-    def updates_per_iteration(self) -> int:
-        """Optimizer steps after each iteration's rollout."""
-        return round(
-            self.replay.update_to_data * self.samples_per_iteration / self.train.mini_batch_samples
+    def updates_per_iteration(self) -> Fraction:
+        """Optimizer steps after each iteration's rollout, on average over many."""
+        samples = self.replay.update_to_data_ratio * self.samples_per_iteration
+        return samples / self.train.mini_batch_samples
+
+    def updates_in_iteration(self, iteration: int) -> int:
+        """Optimizer steps after this iteration's rollout: what keeps the UTD, in whole updates.
+
+        Args:
+            iteration: 1, 2, ...
+        """
+        before, now = (
+            math.floor(number * self.updates_per_iteration) for number in (iteration - 1, iteration)
         )
+        return now - before
+
+    @property
+    def mixes_versions(self) -> bool:
+        """Whether responses may come in after the weights that began them were replaced."""
+        return self.pipeline.mode == "asynchronous" or self.pipeline.carry_over_fraction > 0
+
+    @property
+    def iterations_ahead(self) -> int:
+        """Iterations whose rollout may run while the current one is waited for and learned.
+
+        A carried-over group ages by one iteration more, which its staleness bound must allow.
+        """
+        if self.pipeline.mode == "synchronous":
+            return 0
+        return self.pipeline.max_staleness - (self.pipeline.carry_over_fraction > 0)
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -62,17 +88,24 @@ class RunConfig:
         Raises:
             ValueError: naming the field, its value and what is valid.
         """
-        samples, batch = self.samples_per_iteration, self.train.mini_batch_samples
+        num_iterations, batch = self.train.num_iterations, self.train.mini_batch_samples
         require(
-            (self.replay.update_to_data * samples) % batch == 0,
+            num_iterations * self.updates_per_iteration >= 1,
             "train.mini_batch_samples",
             batch,
-            f"a divisor of replay.update_to_data x samples per iteration "
-            f"= {self.replay.update_to_data * samples:g}",
+            f"at most {math.floor(num_iterations * self.updates_per_iteration * batch)}, the "
+            "samples that replay.update_to_data gives all of train.num_iterations, for one update",
+        )
+        capacity = self.replay.capacity_iterations * self.samples_per_iteration
+        require(
+            self.replay.with_replacement or batch <= capacity,
+            "train.mini_batch_samples",
+            batch,
+            f"at most the {capacity} samples of the full buffer when sampling without replacement",
         )
         require(
             self.replay.with_replacement
-            or self.replay.update_to_data <= self.replay.capacity_iterations,
+            or self.replay.update_to_data_ratio <= self.replay.capacity_iterations,
             "replay.update_to_data",
             self.replay.update_to_data,
             f"at most replay.capacity_iterations ({self.replay.capacity_iterations}) when "
@@ -90,6 +123,19 @@ class RunConfig:
             "algorithm.overlong_buffer_tokens",
             self.algorithm.overlong_buffer_tokens,
             f"at most rollout.max_response_tokens = {self.rollout.max_response_tokens}",
+        )
+        require(
+            not self.mixes_versions or self.algorithm.behavior_logprobs == "rollout",
+            "algorithm.behavior_logprobs",
+            self.algorithm.behavior_logprobs,
+            "'rollout' with pipeline.mode 'asynchronous' or pipeline.carry_over_fraction: when a "
+            "response comes in, the learner has left the weights that sampled it",
+        )
+        require(
+            self.pipeline.mode == "synchronous" or self.iterations_ahead >= 1,
+            "pipeline.max_staleness",
+            self.pipeline.max_staleness,
+            "at least 2 in asynchronous mode with pipeline.carry_over_fraction",
         )
         require(
             bool(self.model.path) != bool(self.model.testbed),

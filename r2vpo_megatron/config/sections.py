@@ -6,32 +6,13 @@ its own fields; what concerns several sections is checked in `RunConfig` alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+
+from r2vpo_megatron.config.checks import require, require_choice, require_positive
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda", "npu")
 TESTBEDS = ("", "pangu", "qwen2", "llama")
-
-
-def require(condition: bool, field: str, value: Any, valid: str) -> None:
-    """Raise the one form of error that a bad configuration value gets."""
-    if not condition:
-        raise ValueError(f"{field} = {value!r} is not valid: {valid}")
-
-
-def require_positive(section: str, config: Any, *names: str) -> None:
-    """Raise unless each of these counts or sizes is at least 1."""
-    for name in names:
-        value = getattr(config, name)
-        require(value >= 1, f"{section}.{name}", value, "at least 1")
-
-
-def require_choice(field: str, value: Any, choices: Collection[str]) -> None:
-    """Raise unless `value` is one of `choices`, and list them."""
-    valid = "one of " + ", ".join(repr(choice) for choice in choices)
-    require(value in choices, field, value, valid)
 
 
 @dataclass(frozen=True)
@@ -70,71 +51,6 @@ class DataConfig:
     """How an openPangu model thinks: slow (its own default), fast or auto; empty: as it is."""
     check_answer_form: bool = True
     """Refuse prompts that ask for an answer in a form that the reward does not read."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How responses are sampled for training."""
-
-    num_engines: int = 1
-    """Number of vLLM engines, data parallel."""
-    tensor_parallel: int = 1
-    """Tensor parallel size of each engine."""
-    temperature: float = 1.0
-    """Sampling temperature; the learner's log-probs use the same one."""
-    top_p: float = 1.0
-    """Must stay 1: below it the log-probs are not those of the sampling distribution."""
-    top_k: int = 0
-    """Must stay 0 (off), for the same reason."""
-    max_prompt_tokens: int = 2048
-    """Longest prompt, in tokens; longer ones are left out, never cut."""
-    max_response_tokens: int = 16384
-    """Longest response, in tokens; a response cut there counts as truncated."""
-    max_num_seqs: int = 256
-    """Sequences that one engine decodes at a time."""
-    kv_cache_bytes: int = 4 << 30
-    """Memory for one engine's KV cache, in bytes (cpu; elsewhere memory_fraction decides)."""
-    memory_fraction: float = 0.85
-    """Share of a device's memory that an engine takes (cuda, npu), weights included."""
-    threads_per_engine: int = 1
-    """CPU threads of one engine (cpu only)."""
-
-    def __post_init__(self) -> None:
-        require_positive(
-            "rollout",
-            self,
-            "num_engines",
-            "tensor_parallel",
-            "max_prompt_tokens",
-            "max_response_tokens",
-            "max_num_seqs",
-            "kv_cache_bytes",
-            "threads_per_engine",
-        )
-        # The range in which vLLM samples at exactly the temperature that it was given.
-        in_range = 0.01 <= self.temperature <= 2
-        require(in_range, "rollout.temperature", self.temperature, "0.01 to 2")
-        in_range = 0 < self.memory_fraction < 1
-        require(in_range, "rollout.memory_fraction", self.memory_fraction, "between 0 and 1")
-        reason = "the log-probs would not be those of the sampling distribution"
-        require(self.top_p == 1.0, "rollout.top_p", self.top_p, f"1.0 in training; {reason}")
-        require(self.top_k == 0, "rollout.top_k", self.top_k, f"0 (off) in training; {reason}")
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """The FIFO buffer of past iterations. Algorithm 1 is capacity 1 with an UTD of 1."""
-
-    capacity_iterations: int = 4
-    """Iterations whose responses are kept; 1 discards them after one use."""
-    update_to_data: float = 2.0
-    """UTD: samples trained on per sample generated."""
-    with_replacement: bool = False
-    """Draw samples independently; else none twice before all have been drawn as often."""
-
-    def __post_init__(self) -> None:
-        require_positive("replay", self, "capacity_iterations")
-        require(self.update_to_data > 0, "replay.update_to_data", self.update_to_data, "above 0")
 
 
 @dataclass(frozen=True)
@@ -276,19 +192,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class WeightSyncConfig:
-    """How updated weights reach the engines."""
-
-    backend: str = "shared_memory"
-    """Transport by name (r2vpo_megatron.weight_sync.BACKENDS)."""
-    bucket_bytes: int = 256 << 20
-    """Largest bucket, in bytes; one is alive at a time."""
-
-    def __post_init__(self) -> None:
-        require_positive("weight_sync", self, "bucket_bytes")
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
     """Accuracy on held-out prompts."""
 
@@ -327,6 +230,9 @@ class RuntimeConfig:
     """Address of a running Ray cluster; empty: start one on this machine for this run."""
     logprob_gap_alarm: float = 0.02
     """Mean absolute rollout/learner log-prob gap above which a warning is printed."""
+    parity_samples: int = 4
+    """Sequences whose log-probs engines and learner compare: prompts after the first push, and
+    with algorithm.behavior_logprobs rollout responses at every iteration; 0: none."""
     head_check_every_updates: int = 10
     """Compare log-probs with log_softmax of whole logits at each such update; 0: never."""
     object_store_bytes: int = 512 << 20
@@ -345,6 +251,8 @@ class RuntimeConfig:
         require(
             self.timeout_seconds > 0, "runtime.timeout_seconds", self.timeout_seconds, "above 0"
         )
+        num_samples = self.parity_samples
+        require(num_samples >= 0, "runtime.parity_samples", num_samples, "at least 0")
         minimum = 80 << 20  # below which Ray refuses to start
         size = self.object_store_bytes
         require(size >= minimum, "runtime.object_store_bytes", size, f"at least {minimum}")

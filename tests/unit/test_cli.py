@@ -95,6 +95,12 @@ def test_fields_that_depend_on_each_other_can_change_together() -> None:
     assert config.algorithm.ratio_penalty_min == 2000.0
 
 
+@pytest.mark.parametrize(("value", "expected"), [("3/2", "3/2"), ("1.5", 1.5), ("2", 2.0)])
+def test_the_utd_is_a_number_or_a_ratio(value: str, expected: float | str) -> None:
+    config = apply_overrides(RunConfig(), ["--replay.update-to-data", value])
+    assert config.replay.update_to_data == expected
+
+
 def test_negative_numbers_are_values() -> None:
     with pytest.raises(ValueError, match="train.seed = -3 is not valid: at least 0"):
         apply_overrides(RunConfig(), ["--train.seed", "-3"])
@@ -104,7 +110,7 @@ def test_every_field_can_be_overridden() -> None:
     sections = get_type_hints(RunConfig)
     flags = list_config_fields()
     assert len(flags) == sum(len(get_type_hints(section)) for section in sections.values())
-    text = {bool: "true", int: "1", float: "0.5", str: "x"}
+    text = {bool: "true", int: "1", float: "0.5", str: "x", float | str: "3/2"}
     for field in flags.values():
         assert field.type in text, f"{field.flag}: overrides cannot read a {field.type}"
 
@@ -127,7 +133,8 @@ def test_every_field_can_be_overridden() -> None:
         (["--train.seed"], "--train.seed needs a value (an integer)"),
         (["--train.seed", "--optimizer.lr", "1"], "--train.seed needs a value"),
         (["--train.num-iterations", "0"], "train.num_iterations = 0 is not valid: at least 1"),
-        (["--train.mini-batch-samples", "7"], "train.mini_batch_samples = 7 is not valid: a div"),
+        (["--train.mini-batch-samples", "9999"], "train.mini_batch_samples = 9999 is not valid: a"),
+        (["--replay.update-to-data", "twice"], "replay.update_to_data = 'twice' is not valid: a"),
         (["--model.dtype", "fp8"], "model.dtype = 'fp8' is not valid: one of 'float32', 'bfloat"),
     ],
 )

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from r2vpo_megatron.config import (
     AlgorithmConfig,
@@ -39,6 +42,40 @@ def test_derived_counts() -> None:
     assert config.max_sequence_tokens == 30
     assert config.parallel.num_ranks == 24
     config.validate()
+
+
+@given(
+    ratio=st.fractions(min_value="1/50", max_value=8, max_denominator=60),
+    batch=st.integers(1, 60),
+)
+def test_updates_of_any_iterations_keep_the_utd(ratio: Fraction, batch: int) -> None:
+    """After every iteration as many whole updates were made as the ratio has room for."""
+    config = replace(
+        make_config(),
+        replay=ReplayConfig(capacity_iterations=8, update_to_data=str(ratio)),
+        train=TrainConfig(
+            prompts_per_iteration=6, responses_per_prompt=4, mini_batch_samples=batch
+        ),
+    )
+    updates = [config.updates_in_iteration(iteration) for iteration in range(1, 40)]
+    assert max(updates) - min(updates) <= 1
+    for iterations in range(1, 40):
+        behind = ratio * 24 * iterations - batch * sum(updates[:iterations])
+        assert 0 <= behind < batch
+    assert config.updates_per_iteration == ratio * 24 / batch
+
+
+@pytest.mark.parametrize("value", [1.5, "1.5", "3/2", "6/4"])
+def test_the_utd_is_a_number_or_a_ratio(value: float | str) -> None:
+    config = replace(make_config(), replay=ReplayConfig(update_to_data=value))
+    config.validate()
+    assert config.replay.update_to_data_ratio == Fraction(3, 2)
+    # 36 samples an iteration in updates of 16.
+    assert [config.updates_in_iteration(iteration) for iteration in (1, 2, 3, 4)] == [2, 2, 2, 3]
+
+
+def test_a_decimal_utd_is_what_it_says() -> None:
+    assert ReplayConfig(update_to_data=0.1).update_to_data_ratio == Fraction(1, 10)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +115,21 @@ def test_both_algorithms_of_the_paper() -> None:
             {"algorithm": AlgorithmConfig(overlong_buffer_tokens=21)},
             "algorithm.overlong_buffer_tokens = 21 .* at most rollout.max_response_tokens = 20",
         ),
-        ({"train": TrainConfig(mini_batch_samples=7)}, "train.mini_batch_samples = 7 .* = 2048"),
+        (
+            {
+                "train": TrainConfig(num_iterations=3, mini_batch_samples=49),
+                "replay": ReplayConfig(update_to_data="1/64"),
+            },
+            "train.mini_batch_samples = 49 .* at most 48, .* for one update",
+        ),
+        (
+            {"train": TrainConfig(mini_batch_samples=4097)},
+            "train.mini_batch_samples = 4097 .* at most the 4096 samples of the full buffer",
+        ),
+        (
+            {"replay": ReplayConfig(capacity_iterations=1, update_to_data="3/2")},
+            r"replay.update_to_data = '3/2' .* at most replay.capacity_iterations \(1\)",
+        ),
         (
             {"replay": ReplayConfig(capacity_iterations=1, update_to_data=2.0)},
             r"replay.update_to_data = 2.0 .* at most replay.capacity_iterations \(1\)",
@@ -169,7 +220,12 @@ def test_a_value_at_its_limit_is_valid() -> None:
         (AlgorithmConfig, {"dual_target": 0.0}, "algorithm.dual_target = 0.0"),
         (AlgorithmConfig, {"ratio_penalty_min": 1e4}, "algorithm.ratio_penalty_min = 10000.0"),
         (ReplayConfig, {"capacity_iterations": 0}, "replay.capacity_iterations = 0"),
-        (ReplayConfig, {"update_to_data": 0.0}, "replay.update_to_data = 0.0"),
+        (ReplayConfig, {"update_to_data": 0.0}, "replay.update_to_data = 0.0 .*above 0"),
+        (ReplayConfig, {"update_to_data": "-1/2"}, "replay.update_to_data = '-1/2' .*above 0"),
+        (ReplayConfig, {"update_to_data": "1/0"}, "replay.update_to_data = '1/0' .*'3/2'"),
+        (ReplayConfig, {"update_to_data": "twice"}, "replay.update_to_data = 'twice' .*a number"),
+        (ReplayConfig, {"update_to_data": math.inf}, "replay.update_to_data = inf .*a number"),
+        (ReplayConfig, {"max_memory_bytes": -1}, "replay.max_memory_bytes = -1 .*at least 0"),
         (TrainConfig, {"num_iterations": 0}, "train.num_iterations = 0"),
         (TrainConfig, {"responses_per_prompt": 1}, "train.responses_per_prompt = 1 .*at least 2"),
         (OptimizerConfig, {"lr": -1.0}, "optimizer.lr = -1.0"),

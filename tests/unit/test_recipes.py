@@ -14,7 +14,7 @@ from recipes import tiny_cpu
 RECIPES = {
     name: function
     for name, function in inspect.getmembers(tiny_cpu, inspect.isfunction)
-    if function.__module__ == tiny_cpu.__name__ and not name.startswith("_")
+    if function.__module__ == tiny_cpu.__name__ and not name.startswith("_") and name != "self_test"
 }
 
 
@@ -35,3 +35,17 @@ def test_a_comparison_differs_by_its_objective_alone(regime: str) -> None:
         for config in configs
     }
     assert len(stripped) == 1
+
+
+def test_side_by_side_differs_by_the_pipeline_and_its_denominator_alone() -> None:
+    base, config = tiny_cpu.r2vpo_off_policy(), tiny_cpu.r2vpo_off_policy_async()
+    assert (config.pipeline.mode, config.iterations_ahead) == ("asynchronous", 1)
+    algorithm = replace(config.algorithm, behavior_logprobs=base.algorithm.behavior_logprobs)
+    assert replace(config, pipeline=base.pipeline, algorithm=algorithm) == base
+
+
+def test_the_self_test_is_small_and_valid() -> None:
+    config = tiny_cpu.self_test()
+    config.validate()
+    assert config.train.num_iterations == 50
+    assert config.samples_per_iteration == 64
