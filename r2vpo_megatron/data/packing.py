@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from r2vpo_megatron.data.partition import partition_balanced
-from r2vpo_megatron.records import FloatArray, PackedBatch, Trajectory
+from r2vpo_megatron.records import FloatArray, IntArray, PackedBatch, Trajectory
 
 PADDING_TOKEN_ID = 0
 PADDING_SEQUENCE_ID = -1
@@ -82,8 +82,8 @@ def pack(samples: Sequence[Trajectory], *, pad_to_multiple_of: int = 1) -> Packe
     """Concatenate samples to one micro-batch; see `PackedBatch` for what lies where.
 
     The log-prob of response token i is predicted at position P - 1 + i of its sequence, so that is
-    where its mask, log-probs and advantage are. Tail padding is a sequence of its own: it then
-    cannot attend to a sample, nor a sample to it.
+    where its mask, log-probs, version and advantage are. Tail padding is a sequence of its own: it
+    then cannot attend to a sample, nor a sample to it.
 
     Args:
         samples: In the order wanted; empty gives a dummy of one padding sequence.
@@ -104,6 +104,7 @@ def pack(samples: Sequence[Trajectory], *, pad_to_multiple_of: int = 1) -> Packe
     response_mask: npt.NDArray[np.bool_] = np.zeros(num_tokens, dtype=np.bool_)
     behavior_logprobs: FloatArray = np.zeros(num_tokens, dtype=np.float32)
     rollout_logprobs: FloatArray = np.zeros(num_tokens, dtype=np.float32)
+    policy_versions: IntArray = np.zeros(num_tokens, dtype=np.int64)
     advantages: FloatArray = np.zeros(num_tokens, dtype=np.float32)
     for index, sample in enumerate(samples):
         start, end = int(cumulative_lengths[index]), int(cumulative_lengths[index + 1])
@@ -115,6 +116,7 @@ def pack(samples: Sequence[Trajectory], *, pad_to_multiple_of: int = 1) -> Packe
         response_mask[predicting] = True
         behavior_logprobs[predicting] = sample.behavior_logprobs
         rollout_logprobs[predicting] = sample.rollout_logprobs
+        policy_versions[predicting] = sample.policy_versions
         advantages[predicting] = sample.advantage
     return PackedBatch(
         token_ids=token_ids,
@@ -124,6 +126,7 @@ def pack(samples: Sequence[Trajectory], *, pad_to_multiple_of: int = 1) -> Packe
         response_mask=response_mask,
         behavior_logprobs=behavior_logprobs,
         rollout_logprobs=rollout_logprobs,
+        policy_versions=policy_versions,
         advantages=advantages,
         sequence_ids=sequence_ids,
         sample_ids=tuple(sample.sample_id for sample in samples),
@@ -169,9 +172,9 @@ def _imbalance(loads: npt.NDArray[np.float64]) -> float:
     return float(loads.max()) / mean - 1.0 if mean else 0.0
 
 
-def _sample_key(sample: Trajectory) -> tuple[int, str, int, int]:
+def _sample_key(sample: Trajectory) -> tuple[int, str, int]:
     """Order of the samples: longest first, then by identity, whatever order they came in."""
-    return (-sample.num_tokens, sample.sample_id, sample.iteration, sample.policy_version)
+    return (-sample.num_tokens, sample.sample_id, sample.iteration)
 
 
 def _check_sample(sample: Trajectory, budget: int) -> None:
@@ -187,7 +190,7 @@ def _check_sample(sample: Trajectory, budget: int) -> None:
             f"{num_response} response) exceed the {budget} of a micro-batch; valid: a larger "
             "max_tokens_per_micro_batch or shorter responses"
         )
-    for name in ("behavior_logprobs", "rollout_logprobs"):
+    for name in ("behavior_logprobs", "rollout_logprobs", "policy_versions"):
         shape = getattr(sample, name).shape
         if shape != (num_response,):
             raise ValueError(

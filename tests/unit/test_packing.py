@@ -34,7 +34,7 @@ def sample(name: str, num_prompt: int, num_response: int, advantage: float = 1.0
         reward=1.0,
         advantage=advantage,
         finish_reason="stop",
-        policy_version=0,
+        policy_versions=np.arange(base, base + num_response) // 2,
         iteration=0,
     )
 
@@ -53,15 +53,16 @@ def test_layout_of_two_samples_and_padding_by_hand() -> None:
         "advantages": [0, 0.5, 0.5, 0.5, 0, -2, -2, 0, 0, 0],
         "behavior_logprobs": [0, b[0], b[1], b[2], 0, r[0], r[1], 0, 0, 0],
         "rollout_logprobs": [0, b[0] - 1, b[1] - 1, b[2] - 1, 0, r[0] - 1, r[1] - 1, 0, 0, 0],
+        "policy_versions": [0, 500, 500, 501, 0, 1000, 1000, 0, 0, 0],
         "cumulative_lengths": [0, 5, 8, 10],
     }
     for name, values in expected.items():
         np.testing.assert_array_equal(getattr(batch, name), values, err_msg=name)
     assert batch.sample_ids == ("0", "1")
-    integers = ("token_ids", "target_ids", "position_ids", "sequence_ids", "cumulative_lengths")
-    assert {getattr(batch, name).dtype for name in integers} == {np.dtype(np.int64)}
     floats = ("advantages", "behavior_logprobs", "rollout_logprobs")
     assert {getattr(batch, name).dtype for name in floats} == {np.dtype(np.float32)}
+    integers = expected.keys() - {*floats, "response_mask"}
+    assert {getattr(batch, name).dtype for name in integers} == {np.dtype(np.int64)}
     assert batch.response_mask.dtype == np.dtype(np.bool_)
 
 
@@ -73,15 +74,17 @@ def test_no_padding_sequence_where_none_is_needed() -> None:
     assert dummy.sequence_ids.tolist() == [-1] * 4
     assert dummy.sample_ids == ()
     assert not dummy.response_mask.any()
+    assert dummy.policy_versions.tolist() == [0] * 4
 
 
 def response_tokens(batches: Sequence[Sequence[PackedBatch]]) -> Counter[tuple[float, ...]]:
-    """Multiset of (token, behaviour, rollout, advantage) over all response tokens."""
+    """Multiset of (token, behaviour, rollout, version, advantage) over all response tokens."""
     found: Counter[tuple[float, ...]] = Counter()
     for batch in (batch for rank in batches for batch in rank):
         mask = batch.response_mask
-        columns = (batch.target_ids, batch.behavior_logprobs, batch.rollout_logprobs)
-        found.update(zip(*(c[mask].tolist() for c in (*columns, batch.advantages)), strict=True))
+        logprobs = (batch.behavior_logprobs, batch.rollout_logprobs)
+        columns = (batch.target_ids, *logprobs, batch.policy_versions, batch.advantages)
+        found.update(zip(*(column[mask].tolist() for column in columns), strict=True))
     return found
 
 
@@ -132,11 +135,13 @@ def test_nothing_is_lost_and_all_ranks_have_the_same_number_of_micro_batches(
 
     expected: Counter[tuple[float, ...]] = Counter()
     for s in samples:
-        arrays = (s.behavior_logprobs.tolist(), s.rollout_logprobs.tolist())
+        arrays = [s.behavior_logprobs, s.rollout_logprobs, s.policy_versions]
         advantage = float(np.float32(s.advantage))
         expected.update(
-            (token, b, r, advantage)
-            for token, b, r in zip(s.response_token_ids, *arrays, strict=True)
+            (token, *values, advantage)
+            for token, *values in zip(
+                s.response_token_ids, *(array.tolist() for array in arrays), strict=True
+            )
         )
     assert response_tokens(batches) == expected
 
@@ -232,10 +237,11 @@ def test_what_cannot_be_packed_is_named(
         pack_trajectories([trajectory], **arguments)
 
 
-def test_arrays_must_match_the_response() -> None:
+@pytest.mark.parametrize("name", ["behavior_logprobs", "rollout_logprobs", "policy_versions"])
+def test_arrays_must_match_the_response(name: str) -> None:
     good = sample("7", 1, 2)
-    bad = Trajectory(**{**vars(good), "behavior_logprobs": np.zeros(3, np.float32)})
-    with pytest.raises(ValueError, match=r"behavior_logprobs has shape \(3,\); valid: \(2,\)"):
+    bad = Trajectory(**{**vars(good), name: np.zeros(3, getattr(good, name).dtype)})
+    with pytest.raises(ValueError, match=rf"{name} has shape \(3,\); valid: \(2,\)"):
         pack_trajectories([bad], max_tokens_per_micro_batch=8, num_data_parallel_ranks=1)
 
 

@@ -1,10 +1,11 @@
-"""The replay buffer: eviction, uniform draws, accounting, resuming to the bit."""
+"""The replay buffer: eviction, memory, accounting, resuming to the bit.
+
+What it may draw is `test_replay_draws`'s.
+"""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,32 +14,7 @@ from hypothesis import strategies as st
 
 from r2vpo_megatron.records import Trajectory
 from r2vpo_megatron.replay import ReplayBuffer
-
-
-def sample(iteration: int, index: int, num_response: int = 2) -> Trajectory:
-    generator = np.random.default_rng([iteration, index])
-    logprobs = generator.normal(size=num_response).astype(np.float32)
-    return Trajectory(
-        sample_id=f"i{iteration}-s{index:03d}",
-        group_id=f"g{index}",
-        prompt_token_ids=(1, 2, index),
-        response_token_ids=tuple(range(num_response)),
-        behavior_logprobs=logprobs,
-        rollout_logprobs=logprobs + np.float32(1e-3),
-        reward=float(index % 2),
-        advantage=0.1 * index,
-        finish_reason="stop",
-        policy_version=iteration,
-        iteration=iteration,
-    )
-
-
-def batch(iteration: int, count: int) -> list[Trajectory]:
-    return [sample(iteration, index) for index in range(count)]
-
-
-def names(trajectories: list[Trajectory]) -> list[str]:
-    return [trajectory.sample_id for trajectory in trajectories]
+from tests.replay_samples import assert_same, batch, names, sample, through_json_and_arrays
 
 
 def test_oldest_iteration_is_evicted_first() -> None:
@@ -59,37 +35,6 @@ def test_draws_do_not_depend_on_the_order_of_completion() -> None:
     other_seed = ReplayBuffer(2, seed=4)
     other_seed.add(0, batch(0, 20))
     assert names(other_seed.sample(10)) != draws[0]
-
-
-@given(count=st.integers(1, 9), num_samples=st.integers(0, 40), seed=st.integers(0, 3))
-def test_without_replacement_everyone_is_used_equally_often(
-    count: int, num_samples: int, seed: int
-) -> None:
-    buffer = ReplayBuffer(1, seed)
-    buffer.add(0, batch(0, count))
-    uses = Counter(names(buffer.sample(num_samples)))
-    per_sample = [uses[name] for name in names(batch(0, count))]
-    assert sum(per_sample) == num_samples
-    assert max(per_sample) - min(per_sample) <= 1
-
-
-@pytest.mark.parametrize("with_replacement", [False, True])
-def test_draws_are_uniform_over_samples_not_over_iterations(with_replacement: bool) -> None:
-    buffer = ReplayBuffer(2, seed=0)
-    buffer.add(0, batch(0, 9))
-    buffer.add(1, batch(1, 1))
-    uses: Counter[str] = Counter()
-    for _ in range(4000):
-        uses.update(names(buffer.sample(3, with_replacement=with_replacement)))
-    # 1,200 expected of each; five standard deviations are 165 at most.
-    assert all(abs(uses[name] - 1200) < 165 for name in names(batch(0, 9) + batch(1, 1)))
-
-
-def test_with_replacement_repeats() -> None:
-    buffer = ReplayBuffer(1, seed=0)
-    buffer.add(0, batch(0, 2))
-    counts = [len(set(names(buffer.sample(2, with_replacement=True)))) for _ in range(100)]
-    assert {1, 2} == set(counts)
 
 
 def test_steady_state_ages_and_uses() -> None:
@@ -125,7 +70,13 @@ def test_metrics_by_hand() -> None:
     assert metrics["replay/realized_utd"] == 3 / 8
     assert metrics["replay/sampled_age_mean"] == 0.0
     assert metrics["replay/evicted_unused_fraction"] == 0.0
-    assert metrics["replay/memory_bytes"] > 8 * (2 * 2 * 4)
+    # Three of four older samples were drawn once, when they were the newest; none of the newer.
+    assert metrics["replay/uses_0"] == 5 / 8
+    assert metrics["replay/uses_1"] == 3 / 8
+    assert [metrics[f"replay/uses_{uses}"] for uses in ("2", "3", "4_or_more")] == [0, 0, 0]
+    assert [metrics[f"replay/age_fraction_{age}"] for age in (0, 1)] == [0.5, 0.5]
+    assert [metrics[f"replay/sampled_age_fraction_{age}"] for age in (0, 1)] == [1.0, 0.0]
+    assert not any(name.endswith("_fraction_2") for name in metrics)
     buffer.add(3, [])
     metrics = buffer.metrics()
     assert metrics["replay/evicted_unused_fraction"] == 1 / 4
@@ -136,13 +87,111 @@ def test_metrics_by_hand() -> None:
     assert buffer.metrics()["replay/evicted_unused_fraction"] == 5 / 8
 
 
-def through_json_and_arrays(state: Any) -> Any:
-    """What a checkpoint without pickle does: arrays by their bytes, all else as JSON."""
-    if isinstance(state, np.ndarray):
-        return np.frombuffer(state.tobytes(), dtype=state.dtype)
-    if isinstance(state, dict):
-        return {key: through_json_and_arrays(value) for key, value in state.items()}
-    return json.loads(json.dumps(state))
+def test_histograms_of_uses_and_ages() -> None:
+    buffer = ReplayBuffer(3, seed=0)
+    for iteration, uses in ((0, 5), (1, 3), (2, 1)):
+        buffer.add(iteration, batch(iteration, 2))
+        # Every sample stored, `uses` times: 9 in all, 4 and 1.
+        buffer.sample(uses * len(buffer))
+    metrics = buffer.metrics()
+    uses = {key: value for key, value in metrics.items() if "/uses_" in key}
+    assert uses == pytest.approx(
+        {
+            "replay/uses_0": 0,
+            "replay/uses_1": 1 / 3,
+            "replay/uses_2": 0,
+            "replay/uses_3": 0,
+            "replay/uses_4_or_more": 2 / 3,
+            "replay/uses_mean": 14 / 3,
+        }
+    )
+    for name in ("age", "sampled_age"):
+        fractions = [metrics[f"replay/{name}_fraction_{age}"] for age in range(3)]
+        assert fractions == pytest.approx([1 / 3] * 3)
+        assert metrics[f"replay/{name}_mean"] == 1.0
+    assert metrics["replay/sampled_age_max"] == 2
+    assert metrics["replay/realized_utd"] == (10 + 12 + 6) / 6
+
+
+def test_an_id_takes_four_bytes_and_a_prompt_counts_once() -> None:
+    def memory(num_prompt: int, num_response: int, count: int = 8) -> float:
+        samples = [
+            replace(sample(0, index, num_response), prompt_token_ids=tuple(range(num_prompt)))
+            for index in range(count)
+        ]
+        samples = [replace(s, policy_versions=np.zeros_like(s.policy_versions)) for s in samples]
+        buffer = ReplayBuffer(1, seed=0)
+        buffer.add(0, samples)
+        assert buffer.metrics()["replay/memory_bytes"] == buffer.memory_bytes
+        return buffer.memory_bytes
+
+    assert memory(1100, 5) - memory(100, 5) == 1000 * 4
+    # Id, behaviour and rollout log-prob; versions that do not change take nothing.
+    assert memory(10, 1005) - memory(10, 5) == 8 * 1000 * 12
+
+
+def test_equal_logprobs_take_memory_once() -> None:
+    samples = [sample(0, index, 1000) for index in range(4)]
+    shared = [replace(s, rollout_logprobs=s.behavior_logprobs.copy()) for s in samples]
+    memory = []
+    for each in (samples, shared):
+        buffer = ReplayBuffer(1, seed=0)
+        buffer.add(0, each)
+        memory.append(buffer.memory_bytes)
+        resumed = ReplayBuffer(1, seed=0)
+        resumed.load_state_dict(through_json_and_arrays(buffer.state_dict()))
+        assert resumed.memory_bytes == buffer.memory_bytes
+    assert memory[0] - memory[1] == 4 * 1000 * 4
+
+
+def test_the_memory_limit_costs_the_oldest_iterations() -> None:
+    measure = ReplayBuffer(1, seed=0)
+    measure.add(0, batch(0, 10))
+    one = measure.memory_bytes
+    buffer = ReplayBuffer(4, seed=0, max_memory_bytes=2 * one + one // 2)
+    for iteration in (0, 1):
+        buffer.add(iteration, batch(iteration, 10))
+    assert (len(buffer), buffer.metrics()["replay/evicted_early_iterations"]) == (20, 0)
+    buffer.add(2, batch(2, 10))
+    assert {s.iteration for s in buffer.sample(20)} == {1, 2}
+    assert buffer.metrics()["replay/evicted_early_iterations"] == 1
+    assert buffer.metrics()["replay/evicted_unused_fraction"] == 1.0
+    buffer.add(3, batch(3, 24))  # needs the room of both
+    assert {s.iteration for s in buffer.sample(24)} == {3}
+    assert buffer.metrics()["replay/evicted_early_iterations"] == 3
+    assert buffer.memory_bytes <= 2 * one + one // 2
+
+
+def test_an_iteration_beyond_the_limit_is_refused_and_nothing_else_goes() -> None:
+    measure = ReplayBuffer(1, seed=0)
+    measure.add(1, batch(1, 50))
+    needed = measure.memory_bytes
+    buffer = ReplayBuffer(4, seed=0, max_memory_bytes=needed - 1)
+    buffer.add(0, batch(0, 3))
+    message = rf"max_memory_bytes: {needed - 1}; valid: at least {needed}, .* iteration 1 "
+    with pytest.raises(ValueError, match=message):
+        buffer.add(1, batch(1, 50))
+    assert sorted(names(buffer.sample(3))) == names(batch(0, 3))
+    ReplayBuffer(4, seed=0, max_memory_bytes=needed).add(1, batch(1, 50))
+
+
+def test_what_the_caller_does_later_changes_nothing() -> None:
+    given = sample(0, 1, 4)
+    kept = replace(
+        given,
+        **{n: v.copy() for n, v in vars(given).items() if isinstance(v, np.ndarray)},
+    )
+    buffer = ReplayBuffer(1, seed=0)
+    buffer.add(0, [given])
+    for array in (given.behavior_logprobs, given.rollout_logprobs, given.policy_versions):
+        array[:] = 7
+    (drawn,) = buffer.sample(1)
+    assert_same(drawn, kept)
+    with pytest.raises(ValueError, match="read-only"):
+        drawn.behavior_logprobs[:] = 7
+    drawn.policy_versions[:] = 7
+    (again,) = buffer.sample(1)
+    assert_same(again, kept)
 
 
 @given(
@@ -164,10 +213,7 @@ def test_resume_continues_to_the_bit(sizes: list[int], num_samples: int, lengths
             each.add(iteration, batch(iteration, 2))
         one, other = buffer.sample(9), resumed.sample(9)
         for a, b in zip(one, other, strict=True):
-            assert a.behavior_logprobs.tobytes() == b.behavior_logprobs.tobytes()
-            assert a.rollout_logprobs.tobytes() == b.rollout_logprobs.tobytes()
-            arrays = {"behavior_logprobs": None, "rollout_logprobs": None}
-            assert {**vars(a), **arrays} == {**vars(b), **arrays}
+            assert_same(a, b)
         assert resumed.metrics() == buffer.metrics()
 
 
@@ -201,7 +247,7 @@ def test_what_the_buffer_refuses() -> None:
     with pytest.raises(ValueError, match="capacity_iterations: 0; valid: 1 or more"):
         ReplayBuffer(0, seed=0)
     buffer = ReplayBuffer(2, seed=0)
-    with pytest.raises(ValueError, match="num_samples: 1 of 0 stored"):
+    with pytest.raises(ValueError, match="num_updates x size: 1 of 0 samples stored"):
         buffer.sample(1)
     assert buffer.sample(0) == []
     buffer.add(3, batch(3, 1))
@@ -212,5 +258,15 @@ def test_what_the_buffer_refuses() -> None:
     with pytest.raises(ValueError, match="sample 'i4-s000': id is taken"):
         buffer.add(4, batch(4, 1) * 2)
     assert len(buffer) == 1  # a refused batch leaves no trace
+    good = sample(5, 0, 3)
+    for name in ("behavior_logprobs", "rollout_logprobs", "policy_versions"):
+        bad = replace(good, **{name: getattr(good, name)[:2]})
+        with pytest.raises(ValueError, match=rf"'i5-s000': {name} has shape \(2,\); valid: \(3,\)"):
+            buffer.add(5, [bad])
+    assert len(buffer) == 1
+    with pytest.raises(ValueError, match="max_memory_bytes: -1; valid: 0 or more"):
+        ReplayBuffer(1, seed=0, max_memory_bytes=-1)
+    with pytest.raises(ValueError, match="num_updates, size: 1, -1; valid: 0 or more"):
+        buffer.sample(-1)
     with pytest.raises(ValueError, match="capacity_iterations: 3; valid: 2, as in the saved run"):
         ReplayBuffer(3, seed=0).load_state_dict(buffer.state_dict())
