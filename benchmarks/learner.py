@@ -90,7 +90,7 @@ def make_micro_batches(shape: Shape, length: int) -> list[PackedBatch]:
             reward=0.0,
             advantage=float(random.normal()),
             finish_reason="stop",
-            policy_version=0,
+            policy_versions=np.zeros(num_response, dtype=np.int64),
             iteration=1,
         )
         for index in range(max(1, shape.update_tokens // length))
@@ -153,7 +153,7 @@ def prepare_ours(batches: Sequence[PackedBatch], folder: Path, threads: int) -> 
     actor = MegatronActor(config, folder, state, platform)
 
     def update() -> tuple[float, float]:
-        metrics = actor.update(batches, RATIO_PENALTY)
+        metrics = actor.update(batches, RATIO_PENALTY, policy_version=0)
         return metrics["objective/per_token"], metrics["optimizer/gradient_norm"]
 
     return update

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ class MegatronActor:
         )
         self._num_updates = 0
 
-    def compute_logprobs(self, batches: Sequence[PackedBatch]) -> dict[str, FloatArray]:
+    def compute_logprobs(
+        self, batches: Sequence[PackedBatch], temperature: float | None = None
+    ) -> dict[str, FloatArray]:
         """log pi of the current weights for the response tokens of `batches`.
 
         Collective: every rank must call, with equally many batches.
@@ -71,13 +74,15 @@ class MegatronActor:
         Args:
             batches: this data parallel rank's micro-batches, the same on all ranks of its
                 model replica.
+            temperature: that logits are divided by; None for that of sampling.
 
         Returns:
             sample id -> [R] fp32, on tensor and context rank 0 of the last stage; empty on other
             ranks.
         """
+        head = self._head if temperature is None else replace(self._head, temperature=temperature)
         with torch.no_grad():
-            kept = self._run_schedule(logprob_step(self._head), batches, forward_only=True)
+            kept = self._run_schedule(logprob_step(head), batches, forward_only=True)
         if self._state.tensor_rank != 0 or self._state.context_rank != 0:
             return {}
         return {
@@ -86,7 +91,9 @@ class MegatronActor:
             for sample_id, logprobs in by_sample.items()
         }
 
-    def update(self, batches: Sequence[PackedBatch], ratio_penalty: float) -> dict[str, float]:
+    def update(
+        self, batches: Sequence[PackedBatch], ratio_penalty: float, policy_version: int
+    ) -> dict[str, float]:
         """One optimizer step on the global batch that all data parallel ranks' batches make.
 
         Collective: every rank must call, with equally many batches.
@@ -94,10 +101,12 @@ class MegatronActor:
         Args:
             batches: this data parallel rank's micro-batches.
             ratio_penalty: lambda of this update.
+            policy_version: of the weights that the engines got last; the statistics by staleness
+                count from it.
 
         Returns:
-            Mean weighted objective, ratio statistics and gradient norm of the global batch, the
-            same on every rank.
+            Mean weighted objective, ratio statistics, also by staleness, and gradient norm of the
+            global batch, the same on every rank.
 
         Raises:
             FloatingPointError: on every rank alike, before any weight is changed, where the
@@ -110,6 +119,7 @@ class MegatronActor:
             objective=OBJECTIVES[algorithm.objective],
             aggregation=algorithm.aggregation,
             ratio_penalty=ratio_penalty,
+            policy_version=policy_version,
             importance_cap=algorithm.truncated_importance_cap,
             entropy_coefficient=algorithm.entropy_coefficient,
         )

@@ -83,6 +83,7 @@ class MicroBatch:
         tokens = ResponseTokens(
             behavior_logprobs=move(batch.behavior_logprobs[responses]),
             rollout_logprobs=move(batch.rollout_logprobs[responses]),
+            policy_versions=move(batch.policy_versions[responses]),
             advantages=move(batch.advantages[responses]),
             sequence_lengths=move(lengths[sequence_ids].astype(np.float32)),
             sequence_ids=move(sequence_ids),

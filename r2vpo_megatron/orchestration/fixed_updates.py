@@ -52,7 +52,7 @@ class FixedRun:
             start = update % NUM_MINI_BATCHES * SAMPLES_PER_UPDATE
             mini_batch = self.trajectories[start : start + SAMPLES_PER_UPDATE]
             batches = _pack(mini_batch, self.state, self.config)
-            metrics = self.actor.update(batches, dual.value)
+            metrics = self.actor.update(batches, dual.value, policy_version=0)
             yield {**metrics, "ratio/penalty": dual.value}
             dual.step(metrics["ratio/second_moment"])
 
@@ -96,7 +96,7 @@ def fixed_trajectories(vocab_size: int, seed: int = 0) -> list[Trajectory]:
                 reward=0.0,
                 advantage=float(random.normal()),
                 finish_reason="stop",
-                policy_version=0,
+                policy_versions=np.zeros(num_response, dtype=np.int64),
                 iteration=1,
             )
         )

@@ -1,12 +1,12 @@
-"""Metrics of one iteration from its updates and trajectories."""
+"""Metrics of one iteration from those of its updates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from r2vpo_megatron.records import FloatArray, Trajectory
+from r2vpo_megatron.rl.staleness import STALENESS_PREFIX, merge_staleness
 
 Metrics = dict[str, float]
 
@@ -14,7 +14,8 @@ Metrics = dict[str, float]
 def merge_updates(updates: Sequence[Metrics]) -> Metrics:
     """One value per metric over an iteration's updates: extremes of extremes, else the mean.
 
-    Lambda is the one that the last update used.
+    Lambda is the one that the last update used. In the statistics by staleness every token counts
+    as much: few updates have many tokens of the rare ages.
     """
     if not updates:
         return {"updates/num": 0.0}
@@ -27,29 +28,21 @@ def merge_updates(updates: Sequence[Metrics]) -> Metrics:
             merged[name] = min(values)
         elif name == "ratio/penalty":
             merged[name] = values[-1]
-        else:
+        elif not name.startswith(STALENESS_PREFIX):
             merged[name] = float(np.mean(values))
-    return merged
-
-
-def logprob_gap(
-    trajectories: Sequence[Trajectory], learner_logprobs: Mapping[str, FloatArray]
-) -> Metrics:
-    """How far the engine's log-probs are from the learner's of the same weights and tokens."""
-    gaps = np.concatenate(
-        [
-            np.abs(trajectory.rollout_logprobs - learner_logprobs[trajectory.sample_id])
-            for trajectory in trajectories
-        ]
-    )
-    return {
-        "logprob_gap/mean": float(gaps.mean()) if gaps.size else 0.0,
-        "logprob_gap/max": float(gaps.max()) if gaps.size else 0.0,
-    }
+    return merged | merge_staleness(updates)
 
 
 def throughput(metrics: Metrics) -> Metrics:
-    """Response tokens generated per second of the whole iteration."""
+    """Response tokens learned from, per second of the whole iteration, and how much was waiting.
+
+    The engines' share of waiting is `rollout/idle_fraction`.
+    """
     seconds = metrics.get("time/iteration_seconds", 0.0)
-    tokens = metrics.get("response/num_tokens", 0.0)
-    return {"throughput/tokens_per_second": tokens / seconds if seconds > 0 else 0.0}
+    if seconds <= 0:
+        return {"throughput/tokens_per_second": 0.0, "pipeline/learner_wait_fraction": 0.0}
+    waited = metrics.get("time/wait_rollout_seconds", 0.0)
+    return {
+        "throughput/tokens_per_second": metrics.get("response/num_tokens", 0.0) / seconds,
+        "pipeline/learner_wait_fraction": waited / seconds,
+    }

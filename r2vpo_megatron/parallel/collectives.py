@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r2vpo_megatron.parallel.state import ParallelState
+from r2vpo_megatron.rl.staleness import BUCKETS, SUMS_PER_BUCKET, buckets_from_sums
 from r2vpo_megatron.rl.statistics import (
     QUANTILES,
     VECTOR_LENGTH,
@@ -18,18 +19,21 @@ from r2vpo_megatron.rl.statistics import (
     merge_vectors,
 )
 
+_STALENESS_SHAPE = (len(BUCKETS), SUMS_PER_BUCKET)
+_STALENESS_LENGTH = len(BUCKETS) * SUMS_PER_BUCKET
+
 
 def reduce_statistics(
     kept: Sequence[MicroBatchStatistics], state: ParallelState
 ) -> RatioStatistics:
     """Merge the statistics of one optimizer step over all ranks, identically on each.
 
-    The vectors are gathered over data x context parallel ranks of the last stage and summed in
-    rank order in float64 on the host: the same bits on every rank, and without fp64 collectives,
-    which HCCL lacks. Each float64 sum travels as two fp32 numbers, 48 bits of it. The ratios
-    themselves are gathered as well, for their quantiles. Tensor parallel ranks hold duplicates,
-    each gathers in a group of its own and nothing is added up over them. Pipeline stages then get
-    the last stage's result.
+    The vectors, and with them the sums by staleness, are gathered over data x context parallel
+    ranks of the last stage and summed in rank order in float64 on the host: the same bits on every
+    rank, and without fp64 collectives, which HCCL lacks. Each float64 sum travels as two fp32
+    numbers, 48 bits of it. The ratios themselves are gathered as well, for their quantiles. Tensor
+    parallel ranks hold duplicates, each gathers in a group of its own and nothing is added up over
+    them. Pipeline stages then get the last stage's result.
 
     Collective: every rank must call, also one whose batch was empty.
 
@@ -40,25 +44,36 @@ def reduce_statistics(
     Returns:
         Statistics of the global batch, on every rank.
     """
-    num_entries = VECTOR_LENGTH + len(QUANTILES)
-    merged = torch.zeros(2, num_entries, dtype=torch.float32, device=state.device)
+    lengths = [VECTOR_LENGTH, _STALENESS_LENGTH, len(QUANTILES)]
+    merged = torch.zeros(2, sum(lengths), dtype=torch.float32, device=state.device)
     if state.is_last_stage:
-        vectors = torch.zeros(0, VECTOR_LENGTH)
-        if kept:
-            vectors = torch.stack([statistics.vector for statistics in kept]).cpu()
-        local = _split_float64(merge_vectors(vectors)).to(state.device)
+        local = _split_float64(_merge_rows(_as_rows(kept))).to(state.device)
         parts = [torch.zeros_like(local) for _ in range(state.data_size * state.context_size)]
         dist.all_gather(parts, local, group=state.data_context_group)
         everyone = torch.stack([part.cpu().double().sum(dim=0) for part in parts])
         excess = [statistics.excess for statistics in kept]
         values = gather_values(torch.cat(excess or [torch.zeros(0)]), state)
-        result = torch.cat([merge_vectors(everyone), excess_quantiles(values)])
+        result = torch.cat([_merge_rows(everyone), excess_quantiles(values)])
         merged = _split_float64(result).to(state.device)
     if state.pipeline_size > 1:
         last_stage = dist.get_global_rank(state.pipeline_group, state.pipeline_size - 1)
         dist.broadcast(merged, src=last_stage, group=state.pipeline_group)
-    vector, quantiles = merged.cpu().double().sum(dim=0).split([VECTOR_LENGTH, len(QUANTILES)])
-    return RatioStatistics.from_vector(vector, quantiles)
+    vector, staleness, quantiles = merged.cpu().double().sum(dim=0).split(lengths)
+    buckets = buckets_from_sums(staleness.view(_STALENESS_SHAPE))
+    return RatioStatistics.from_vector(vector, quantiles, buckets)
+
+
+def _as_rows(kept: Sequence[MicroBatchStatistics]) -> Tensor:
+    """[M, K] on the host: of each micro-batch its vector, then its staleness sums; M may be 0."""
+    if not kept:
+        return torch.zeros(0, VECTOR_LENGTH + _STALENESS_LENGTH)
+    return torch.stack([torch.cat([each.vector, each.staleness.flatten()]) for each in kept]).cpu()
+
+
+def _merge_rows(rows_MK: Tensor) -> Tensor:
+    """[K] float64 of micro-batches or ranks in their order."""
+    vectors, staleness = rows_MK.double().split([VECTOR_LENGTH, _STALENESS_LENGTH], dim=1)
+    return torch.cat([merge_vectors(vectors), staleness.sum(dim=0)])
 
 
 def gather_values(values_N: Tensor, state: ParallelState) -> Tensor:

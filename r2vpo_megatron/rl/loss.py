@@ -20,6 +20,7 @@ from torch import Tensor
 from r2vpo_megatron.rl.aggregation import token_weights
 from r2vpo_megatron.rl.objectives import Objective, ObjectiveInputs
 from r2vpo_megatron.rl.ratios import Ratios, importance_ratios, truncated_importance_weights
+from r2vpo_megatron.rl.staleness import staleness_sums
 from r2vpo_megatron.rl.statistics import MicroBatchStatistics, ratio_vector
 
 
@@ -30,6 +31,7 @@ class ResponseTokens:
     Attributes:
         behavior_logprobs: [N] fp32, log pi_off.
         rollout_logprobs: [N] fp32, the engine's log-probs of the same tokens and weights.
+        policy_versions: [N] int64, version of the weights that sampled each token.
         advantages: [N] fp32.
         sequence_lengths: [N] fp32, response tokens of the token's whole response.
         sequence_ids: [N] int64 in 0..num_sequences-1.
@@ -40,6 +42,7 @@ class ResponseTokens:
 
     behavior_logprobs: Tensor
     rollout_logprobs: Tensor
+    policy_versions: Tensor
     advantages: Tensor
     sequence_lengths: Tensor
     sequence_ids: Tensor
@@ -52,6 +55,7 @@ class ResponseTokens:
             self,
             behavior_logprobs=self.behavior_logprobs[part],
             rollout_logprobs=self.rollout_logprobs[part],
+            policy_versions=self.policy_versions[part],
             advantages=self.advantages[part],
             sequence_lengths=self.sequence_lengths[part],
             sequence_ids=self.sequence_ids[part],
@@ -78,6 +82,7 @@ class LossSettings:
         objective: one of OBJECTIVES.
         aggregation: one of AGGREGATIONS.
         ratio_penalty: lambda of this update.
+        policy_version: what the staleness of a token is counted from, for the statistics alone.
         importance_cap: upper end of the truncated importance weights; 0 turns them off.
         entropy_coefficient: weight of the entropy, aggregated like the surrogates.
     """
@@ -85,6 +90,7 @@ class LossSettings:
     objective: Objective
     aggregation: str
     ratio_penalty: float
+    policy_version: int = 0
     importance_cap: float = 0.0
     entropy_coefficient: float = 0.0
 
@@ -132,7 +138,11 @@ def policy_loss(
         assert entropy_N is not None
         weights = token_weights(settings.aggregation, tokens.sequence_lengths)
         loss = loss - settings.entropy_coefficient * (entropy_N * weights).sum()
-    return loss, MicroBatchStatistics(vector, ratios.excess.detach().float())
+    excess = ratios.excess.detach().float()
+    staleness = staleness_sums(
+        excess, tokens.advantages, tokens.policy_versions, settings.policy_version
+    )
+    return loss, MicroBatchStatistics(vector, excess, staleness)
 
 
 def loss_gradient(

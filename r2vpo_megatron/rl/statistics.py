@@ -13,12 +13,13 @@ responses of 8,192: 8 MiB), and four times that while they are sorted.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from r2vpo_megatron.rl.ratios import Ratios
+from r2vpo_megatron.rl.staleness import StalenessBucket, staleness_metrics
 
 NUM_SUMS = 9  # leading entries of a vector that add; then one maximum and one minimum
 VECTOR_LENGTH = NUM_SUMS + 2
@@ -32,10 +33,12 @@ class MicroBatchStatistics:
     Attributes:
         vector: [11] fp32, see `ratio_vector`.
         excess: [N] fp32, rho - 1 of its response tokens; N may be 0.
+        staleness: [5, 4] fp32, see `rl.staleness.staleness_sums`.
     """
 
     vector: Tensor
     excess: Tensor
+    staleness: Tensor
 
 
 def ratio_vector(
@@ -126,6 +129,7 @@ class RatioStatistics:
         importance: sum of truncated importance weights; 0 where they are off.
         truncated: tokens whose importance weight was cut at its cap.
         max_excess, min_excess: extremes of rho - 1.
+        staleness: sums by how old the tokens are, of the buckets that have some.
     """
 
     quantiles: tuple[float, ...]
@@ -140,16 +144,21 @@ class RatioStatistics:
     truncated: float
     max_excess: float
     min_excess: float
+    staleness: tuple[StalenessBucket, ...] = ()
 
     @classmethod
-    def from_vector(cls, vector_K: Tensor, quantiles_Q: Tensor) -> RatioStatistics:
+    def from_vector(
+        cls, vector_K: Tensor, quantiles_Q: Tensor, staleness: tuple[StalenessBucket, ...] = ()
+    ) -> RatioStatistics:
         """Name the entries of a merged vector; quantiles as `excess_quantiles` gives them."""
-        return cls(tuple(quantiles_Q.tolist()), *vector_K.tolist())
+        statistics = cls(tuple(quantiles_Q.tolist()), *vector_K.tolist())
+        return replace(statistics, staleness=staleness)
 
     @property
     def is_finite(self) -> bool:
         """Whether every sum is a finite number; the extremes of an empty batch are not asked."""
-        return all(math.isfinite(value) for value in astuple(self)[1 : 1 + NUM_SUMS])
+        sums = [field.name for field in fields(self)[1 : 1 + NUM_SUMS]]
+        return all(math.isfinite(getattr(self, name)) for name in sums)
 
     @property
     def second_moment(self) -> float:
@@ -184,4 +193,4 @@ class RatioStatistics:
         if self.importance > 0:  # every weight is above 0 where there are any
             metrics["importance/mean_weight"] = self.importance / self.tokens
             metrics["importance/truncated_fraction"] = self.truncated / self.tokens
-        return metrics
+        return metrics | staleness_metrics(self.staleness)

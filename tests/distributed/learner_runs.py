@@ -29,7 +29,7 @@ from r2vpo_megatron.models.spec import read_model_spec
 from r2vpo_megatron.parallel.state import ParallelState, initialize_parallel
 from r2vpo_megatron.records import PackedBatch, Trajectory
 from r2vpo_megatron.rl.dual import DUAL_CONTROLLERS, DualSettings
-from tests.distributed.reference_update import Learned
+from tests.distributed.reference_update import POLICY_VERSION, Learned
 from tests.distributed.tiny_checkpoints import VOCAB_SIZE
 
 RATIO_PENALTY = 0.3
@@ -94,12 +94,15 @@ def make_trajectories(
 ) -> list[Trajectory]:
     """Random tokens with behaviour log-probs around those of a random model.
 
+    Several versions have sampled each response, one after the other.
+
     Args:
         lengths: (prompt, response) tokens of each.
         seed: of the tokens and of what else is drawn.
         advantages: one each; drawn where empty.
     """
     random = np.random.default_rng(seed)
+    version_random = np.random.default_rng([seed, 1])
     advantages = advantages or random.normal(size=len(lengths)).tolist()
     return [
         Trajectory(
@@ -112,7 +115,7 @@ def make_trajectories(
             reward=0.0,
             advantage=advantage,
             finish_reason="stop",
-            policy_version=0,
+            policy_versions=np.sort(version_random.integers(0, POLICY_VERSION + 1, response)),
             iteration=1,
         )
         for index, ((prompt, response), advantage) in enumerate(
@@ -196,7 +199,7 @@ def learn(
     with recorded_gradients(model_dir, state) as gradients:
         for mini_batch in mini_batches:
             batches = rank_batches(mini_batch, config.parallel, state)
-            metrics.append(actor.update(batches, penalty))
+            metrics.append(actor.update(batches, penalty, POLICY_VERSION))
             second_moment = metrics[-1]["ratio/second_moment"]
             penalty = DUAL_CONTROLLERS["multiplicative"](penalty, second_moment, settings)
             penalties.append(penalty)

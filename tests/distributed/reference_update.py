@@ -22,6 +22,8 @@ from tests.distributed.float64 import float64_for_float32
 LOG_RATIO_LIMIT = 20.0
 LARGEST_LOG_STEP = 0.1  # of lambda
 QUANTILES = (1, 5, 50, 95, 99)  # per cent
+POLICY_VERSION = 6  # that staleness is counted from
+STALENESS_NAMES = ("0", "1", "2", "3", "4_or_more")
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,27 @@ def batch_statistics(name: str, rho: np.ndarray, advantage: np.ndarray) -> dict[
     }
 
 
+def staleness_statistics(
+    rho: np.ndarray, advantage: np.ndarray, versions: np.ndarray
+) -> dict[str, float]:
+    """The statistics of the tokens of each age, by their definitions."""
+    metrics = {}
+    behind = np.minimum(POLICY_VERSION - versions, 4)
+    for age in np.unique(behind):
+        ratios = rho[behind == age]
+        values = {
+            "tokens": len(ratios),
+            "token_fraction": len(ratios) / len(rho),
+            "mean_ratio": np.mean(ratios),
+            "second_moment": np.mean((ratios - 1) ** 2),
+            "effective_sample_size": np.sum(ratios) ** 2 / np.sum(ratios**2) / len(ratios),
+            "mean_advantage": np.mean(advantage[behind == age]),
+        }
+        name = f"staleness_{STALENESS_NAMES[age]}"
+        metrics |= {f"{name}/{key}": float(value) for key, value in values.items()}
+    return metrics
+
+
 class AdamW:
     """Decoupled weight decay (Loshchilov and Hutter 2019), spared by biases and norms."""
 
@@ -236,6 +259,11 @@ def _backward(
     return {
         **(importance if cap else {}),
         **batch_statistics(name, np.concatenate(ratios), np.concatenate(advantages)),
+        **staleness_statistics(
+            np.concatenate(ratios),
+            np.concatenate(advantages),
+            np.concatenate([trajectory.policy_versions for trajectory in mini_batch]),
+        ),
         "ratio/clamped_fraction": float(np.mean(np.concatenate(clamped))),
         "policy/entropy": float(torch.cat(entropies).detach().mean()),
         "objective/per_token": float(objective.detach()) * denominator / num_tokens,

@@ -45,7 +45,7 @@ def work_while_recording(
     batches = rank_batches(make_trajectories(LENGTHS, seed=0), config.parallel, state)
     with RecordCollectives() as recorder:
         actor.compute_logprobs(batches)
-        actor.update(batches, RATIO_PENALTY)
+        actor.update(batches, RATIO_PENALTY, policy_version=1)
         for _ in actor.hf_weights():
             pass
     destroy_parallel()

@@ -72,7 +72,7 @@ def learn(
     actor, state = start_actor(rank, world_size, init_method, config, model_dir)
     batches = rank_batches(trajectories, config.parallel, state)
     logprobs = actor.compute_logprobs(batches)
-    updates = [actor.update(batches, RATIO_PENALTY) for _ in range(2)]
+    updates = [actor.update(batches, RATIO_PENALTY, 1) for _ in range(2)]
     weights = copied_weights(actor)
     if save_dir is not None:
         actor.save_hf(save_dir)

@@ -6,6 +6,7 @@ That no layout changes an update is `test_invariance`'s.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -69,7 +70,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn
 
 def logprobs_in_both_precisions(
     rank: int, world_size: int, init_method: str, config: RunConfig, model_dir: Path
-) -> dict[str, dict[str, FloatArray]]:
+) -> dict[str, list[dict[str, FloatArray]]]:
+    """At the temperature of sampling, and at 1."""
     results = {}
     for precision in ("float64", "float32"):
         with float64_for_float32() if precision == "float64" else nullcontext():
@@ -77,7 +79,13 @@ def logprobs_in_both_precisions(
                 rank, world_size, f"{init_method}-{precision}", config, model_dir
             )
             batches = rank_batches(TRAJECTORIES, config.parallel, state)
-            results[precision] = actor.compute_logprobs(batches)
+            results[precision] = [
+                actor.compute_logprobs(batches),
+                actor.compute_logprobs(batches, temperature=1.0),
+            ]
+            # Asking for another temperature once changes nothing for later.
+            again = actor.compute_logprobs(batches)
+            assert all(np.array_equal(again[n], v) for n, v in results[precision][0].items())
             destroy_parallel()
     return results
 
@@ -88,14 +96,17 @@ def test_logprobs_equal_transformers(layout: str, checkpoint: tuple[Path, torch.
     config = run_config(LAYOUTS[layout])
     results = run_ranks(config.parallel.num_ranks, logprobs_in_both_precisions, config, folder)
     reference = float64_model(model)
-    for precision, tolerance in (("float64", 1e-12), ("float32", 5e-6)):
-        logprobs = [(name, value) for r in results for name, value in r[precision].items()]
+    tolerances = {"float64": 1e-12, "float32": 5e-6}
+    temperatures = (config.rollout.temperature, 1.0)
+    assert temperatures[0] == 0.8
+    for precision, (index, temperature) in itertools.product(tolerances, enumerate(temperatures)):
+        logprobs = [item for r in results for item in r[precision][index].items()]
         assert sorted(name for name, _ in logprobs) == [t.sample_id for t in TRAJECTORIES]
         for trajectory in TRAJECTORIES:
             with float64_for_float32(), torch.no_grad():
-                expected, _ = response_logprobs(reference, trajectory, config.rollout.temperature)
+                expected, _ = response_logprobs(reference, trajectory, temperature)
             actual = dict(logprobs)[trajectory.sample_id]
-            np.testing.assert_allclose(actual, expected.numpy(), atol=tolerance, rtol=0)
+            np.testing.assert_allclose(actual, expected.numpy(), atol=tolerances[precision], rtol=0)
 
 
 def learn_in_bf16(
@@ -173,7 +184,7 @@ def first_update_on_fresh_data(
         for trajectory in TRAJECTORIES[::-2] + TRAJECTORIES[::2]
     ]
     larger = replace(config.parallel, max_tokens_per_micro_batch=1024)
-    update = actor.update(rank_batches(shuffled, larger, state), RATIO_PENALTY)
+    update = actor.update(rank_batches(shuffled, larger, state), RATIO_PENALTY, 0)
     destroy_parallel()
     return max(update["ratio/max"] - 1, 1 - update["ratio/min"]), update["ratio/tokens"]
 
@@ -197,7 +208,7 @@ def decay_alone(
     actor, state = start_actor(rank, world_size, init_method, config, model_dir)
     before = copied_weights(actor)
     still = [replace(trajectory, advantage=0.0) for trajectory in TRAJECTORIES]
-    actor.update(rank_batches(still, config.parallel, state), ratio_penalty=0.0)
+    actor.update(rank_batches(still, config.parallel, state), 0.0, policy_version=0)
     after = copied_weights(actor)
     destroy_parallel()
     return before, after
@@ -231,7 +242,7 @@ def update_with_poison(
     poisoned = [replace(trajectory, advantage=advantage) for trajectory in TRAJECTORIES]
     message = ""
     try:
-        actor.update(rank_batches(poisoned, config.parallel, state), RATIO_PENALTY)
+        actor.update(rank_batches(poisoned, config.parallel, state), RATIO_PENALTY, 0)
     except FloatingPointError as error:
         message = str(error)
     after = copied_weights(actor)

@@ -36,6 +36,7 @@ def make_tokens(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Respo
     tokens = ResponseTokens(
         behavior_logprobs=behavior,
         rollout_logprobs=behavior + 0.8 * normal(),
+        policy_versions=torch.zeros(num_tokens, dtype=torch.int64),
         advantages=advantages,
         sequence_lengths=lengths[ids].to(dtype),
         sequence_ids=ids,

@@ -107,6 +107,7 @@ def test_clipped_and_clamped_tokens_are_counted():
     tokens = ResponseTokens(
         behavior_logprobs=torch.full((7,), -30.0),
         rollout_logprobs=torch.full((7,), -30.0),
+        policy_versions=torch.zeros(7, dtype=torch.int64),
         advantages=advantages,
         sequence_lengths=torch.full((7,), 7.0),
         sequence_ids=torch.zeros(7, dtype=torch.int64),
@@ -132,6 +133,7 @@ def test_aggregations_by_hand(aggregation, expected):
     tokens = ResponseTokens(
         behavior_logprobs=torch.zeros(3),
         rollout_logprobs=torch.zeros(3),
+        policy_versions=torch.zeros(3, dtype=torch.int64),
         advantages=torch.tensor([1.0, 1.0, 4.0]),
         sequence_lengths=torch.tensor([2.0, 2.0, 1.0]),
         sequence_ids=torch.tensor([0, 0, 1]),
