@@ -1,58 +1,108 @@
-"""What the training loop asks of an inference engine, and when an engine may serve.
+"""What the training loop asks of an inference engine. Needs neither vLLM nor torch.
 
-A weight update is a sequence of calls, the same on every engine:
-
-    begin_weight_update(version)
-    load_weight_bucket(bucket)                  once per bucket, in order
-    finish_weight_update(version, checksum)
-
-Between `begin` and a successful `finish` the engine holds a mixture of two policies and refuses to
-generate. Nothing of vLLM or torch is needed to read or test this file.
+An engine is driven by its caller: it samples only inside `advance`, a slice of time after which it
+gives back what was finished meanwhile. So weights are replaced between its steps, and a process
+that does not come back from a slice is known to hang.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest
+import numpy as np
+
+from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest, IntArray
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 
 
-class WeightUpdateError(RuntimeError):
-    """The engine's weights are not one complete, verified policy, or would cease to be."""
+@dataclass(frozen=True)
+class EngineReport:
+    """What an engine did in one slice of time."""
+
+    finished: list[Generation]
+    num_unfinished: int  # requests that it still has, running or waiting in it
+    num_tokens: int  # sampled in the slice
+    busy_seconds: float  # of the slice, spent in steps
+    memory_bytes: int  # resident memory of the engine's process
 
 
-class WeightBucket(Protocol):
-    """A part of a weight push, as an engine sees it (see weight_sync for the real ones).
+class VersionSpans:
+    """Which version of the weights sampled which tokens of one response."""
 
-    Buckets travel between processes as descriptors; `open` attaches to the tensors themselves.
+    def __init__(self) -> None:
+        self._ends: list[tuple[int, int]] = []  # (tokens before the end of the span, its version)
+
+    def close(self, num_tokens: int, version: int) -> None:
+        """Another version takes over after `num_tokens`, the last of which are `version`'s."""
+        if num_tokens > (self._ends[-1][0] if self._ends else 0):
+            self._ends.append((num_tokens, version))
+
+    def stamp(self, num_tokens: int, version: int) -> IntArray:
+        """The version of each of `num_tokens` tokens [R]; `version`'s are those after all spans."""
+        versions = np.full(num_tokens, version, dtype=np.int64)
+        start = 0
+        for end, of_span in self._ends:
+            versions[start:end] = of_span
+            start = end
+        return versions
+
+
+def continuation_seed(seed: int, num_partial_tokens: int) -> int:
+    """Seed with which a response goes on after tokens that it has; 32 bits, or `seed` itself.
+
+    With the same seed a continuation would draw the random numbers of its beginning again.
     """
+    if num_partial_tokens == 0:
+        return seed
+    sequence = np.random.SeedSequence([seed % 2**64, num_partial_tokens])
+    return int(sequence.generate_state(1)[0])
 
-    @property
-    def version(self) -> int:
-        """Policy version that the push brings."""
-        ...
 
-    @property
-    def index(self) -> int:
-        """Position in the push, from 0."""
-        ...
+def check_token_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids that the model has no embedding for; an engine may end by them, or not notice.
 
-    @property
-    def checksum(self) -> int:
-        """Checksum of the bucket's names, shapes, dtypes and bytes."""
-        ...
+    Raises:
+        ValueError: an id is negative or not below `vocab_size`.
+    """
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"{name}: token id {token_id}: must be below {vocab_size}, from 0")
 
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """Hugging Face names of its tensors."""
-        ...
 
-    def open(self) -> Mapping[str, Any]:
-        """Attach to the bucket, verify its checksum, and give its tensors by Hugging Face name."""
-        ...
+def check_request(
+    request: GenerationRequest, sampling: SamplingSettings, max_model_len: int, vocab_size: int
+) -> None:
+    """Refuse what an engine cannot sample.
+
+    Args:
+        request: prompt and, of a continuation, the tokens that it has.
+        sampling: its limit on the response counts those tokens.
+        max_model_len: longest prompt plus response of the engine, in tokens.
+        vocab_size: of the model.
+
+    Raises:
+        ValueError: the prompt is empty or leaves too little room for the response, the response
+            has already ended, or a token id is not the model's.
+    """
+    name, num_prompt_tokens = f"request {request.sample_id}", len(request.prompt_token_ids)
+    limit = sampling.max_response_tokens
+    if num_prompt_tokens == 0:
+        raise ValueError(f"{name}: the prompt is empty")
+    if num_prompt_tokens + limit > max_model_len:
+        raise ValueError(
+            f"{name}: {num_prompt_tokens} prompt tokens + max_response_tokens={limit} "
+            f"exceed max_model_len={max_model_len}"
+        )
+    if len(request.partial_token_ids) >= limit:
+        raise ValueError(
+            f"{name}: has {len(request.partial_token_ids)} partial tokens: must be fewer than "
+            f"max_response_tokens={limit}"
+        )
+    if stops := set(sampling.stop_token_ids).intersection(request.partial_token_ids):
+        raise ValueError(f"{name}: its partial tokens hold the stop token {min(stops)}")
+    check_token_ids(name, (*request.prompt_token_ids, *request.partial_token_ids), vocab_size)
 
 
 class RolloutEngine(Protocol):
@@ -63,186 +113,81 @@ class RolloutEngine(Protocol):
         """Version of the last complete set of weights."""
         ...
 
-    def generate(
+    def add_requests(
         self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
-    ) -> list[Generation]:
-        """Sample one response per request.
+    ) -> None:
+        """Queue requests, one response each, behind those that are there.
+
+        Where none are there, the prefix cache is emptied first: then the responses are a function
+        of the weights and the requests alone.
 
         Args:
             requests: prompts with a seed each; the same seed and prompt give the same response
-                up to the rounding differences of another batch.
+                up to the rounding differences of another batch. Sample ids must not be queued yet.
             sampling: the distribution to draw from.
 
-        Returns:
-            Generations in the order of the requests. `rollout_logprobs` holds the log-prob of each
-            token under the distribution it was drawn from.
+        Raises:
+            ValueError: a prompt is empty, leaves too little room for the response or has an id
+                outside the vocabulary, a partial response has already ended, or a sample id is
+                queued already. No request of the call is queued then.
+        """
+        ...
+
+    def advance(self, seconds: float) -> EngineReport:
+        """Sample for about so long, or until no request is left.
+
+        Each finished generation has the sampled tokens (without a request's partial ones),
+        the log-prob of each under the distribution it was drawn from, and the version that drew it.
+        Requests that a weight push found under way go on with the new weights.
+
+        Args:
+            seconds: length of the slice; the step under way at its end is finished, and there is
+                at least one.
 
         Raises:
             WeightUpdateError: a weight push is incomplete.
-            ValueError: a prompt is empty or leaves too little room for the response.
+            RuntimeError: a log-prob is not finite.
+        """
+        ...
+
+    def abort_requests(self) -> list[Generation]:
+        """Take all requests back; what was sampled of each, `finish_reason` "abort".
+
+        A request that was not begun comes back without tokens. One that was finished since the
+        last report (during `score`) comes along with its own reason.
+
+        Raises:
+            RuntimeError: a log-prob is not finite.
+        """
+        ...
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> list[Generation]:
+        """Sample one response per request, to the end, in the order of the requests.
+
+        Raises:
+            WeightUpdateError: a weight push is incomplete.
+            ValueError: as `add_requests`; or other requests are queued.
+            RuntimeError: a log-prob is not finite. No request is left queued.
         """
         ...
 
     def score(self, token_id_lists: Sequence[Sequence[int]]) -> list[FloatArray]:
-        """Log-probs of given sequences at temperature 1.
+        """Log-probs of given sequences at temperature 1; queued requests go on meanwhile.
+
+        Those that are finished meanwhile come with the next report.
 
         Returns:
             One array [len - 1] per sequence: the log-probs of its tokens but the first.
+
+        Raises:
+            WeightUpdateError: a weight push is incomplete.
+            ValueError: a sequence is empty or too long, or has an id outside the vocabulary.
+            RuntimeError: a log-prob is not finite.
         """
-        ...
-
-    def begin_weight_update(self, version: int) -> None:
-        """Open a push; generation is refused until it has been finished."""
-        ...
-
-    def load_weight_bucket(self, bucket: WeightBucket) -> dict[str, float]:
-        """Load one bucket of the open push and return the stage times in seconds."""
-        ...
-
-    def finish_weight_update(self, version: int, checksum: int) -> dict[str, float]:
-        """Verify that the push is complete, make it the served policy, drop stale caches."""
-        ...
-
-    def abort_weight_update(self) -> None:
-        """Give up the open push, if any; generation stays refused until a complete one."""
         ...
 
     def shutdown(self) -> None:
         """Free the engine's processes and memory. The engine cannot be used afterwards."""
         ...
-
-
-def fold_checksum(checksum: int, bucket_index: int, bucket_checksum: int) -> int:
-    """Extend the checksum of a push by its next bucket; a push starts from 0."""
-    return zlib.crc32(f"{bucket_index}:{bucket_checksum};".encode(), checksum)
-
-
-class WeightUpdateTracker:
-    """Decides whether an engine's weights are one complete policy.
-
-    It follows the calls of a push and knows neither the engine nor the transport.
-
-    Args:
-        policy_version: version of the weights that the engine starts with.
-        expected_names: tensors that every push must bring; None skips this check.
-    """
-
-    def __init__(self, policy_version: int, expected_names: frozenset[str] | None = None) -> None:
-        self._policy_version = policy_version
-        self._expected_names = expected_names
-        self._open_version: int | None = None
-        self._failure: str | None = None
-        self._received_names: set[str] = set()
-        self._num_buckets = 0
-        self._checksum = 0
-
-    @property
-    def policy_version(self) -> int:
-        """Version of the last complete push."""
-        return self._policy_version
-
-    def require_complete(self) -> None:
-        """Raise WeightUpdateError unless the weights are those of `policy_version`."""
-        if self._failure is not None:
-            raise WeightUpdateError(
-                f"the last weight push failed ({self._failure}); the engine needs a complete push "
-                "before it can generate"
-            )
-        if self._open_version is not None:
-            raise WeightUpdateError(
-                f"the push of version {self._open_version} is not finished: "
-                f"{self._num_buckets} buckets received"
-            )
-
-    def begin(self, version: int) -> None:
-        """Open a push. One that is still open or has failed is superseded.
-
-        Raises:
-            WeightUpdateError: the version is older than the served one; nothing changes then.
-        """
-        if version < self._policy_version:
-            raise WeightUpdateError(
-                f"push of version {version} refused: the engine already serves "
-                f"version {self._policy_version}"
-            )
-        self._open_version = version
-        self._failure = None
-        self._received_names = set()
-        self._num_buckets = 0
-        self._checksum = 0
-
-    def expect(self, bucket: WeightBucket) -> None:
-        """Check, before loading it, that the bucket is the next one of the open push.
-
-        Raises:
-            WeightUpdateError: no push is open, or the version, the index or a name is wrong.
-        """
-        self._require_open(bucket.version)
-        if bucket.index != self._num_buckets:
-            raise WeightUpdateError(
-                f"bucket {bucket.index} of version {bucket.version} arrived where bucket "
-                f"{self._num_buckets} was due"
-            )
-        names = set(bucket.tensor_names)
-        if repeated := sorted(names & self._received_names):
-            raise WeightUpdateError(f"tensors pushed twice: {_shortened(repeated)}")
-        if self._expected_names is not None and (unknown := sorted(names - self._expected_names)):
-            raise WeightUpdateError(f"tensors unknown to the checkpoint: {_shortened(unknown)}")
-
-    def accept(self, bucket: WeightBucket) -> None:
-        """Record that the bucket has been loaded."""
-        self._received_names.update(bucket.tensor_names)
-        self._num_buckets += 1
-        self._checksum = fold_checksum(self._checksum, bucket.index, bucket.checksum)
-
-    def require_finishable(self, version: int, checksum: int) -> None:
-        """Check that the open push is complete and is the one that the sender sent.
-
-        Raises:
-            WeightUpdateError: no push is open, or the version, the checksum or the names differ.
-        """
-        self._require_open(version)
-        if checksum != self._checksum:
-            raise WeightUpdateError(
-                f"push of version {version}: checksum {self._checksum:#010x} received in "
-                f"{self._num_buckets} buckets, the sender's is {checksum:#010x}"
-            )
-        if self._expected_names is not None:
-            missing = sorted(self._expected_names - self._received_names)
-            if missing:
-                raise WeightUpdateError(
-                    f"push of version {version} lacks {len(missing)} of "
-                    f"{len(self._expected_names)} tensors: {_shortened(missing)}"
-                )
-
-    def commit(self) -> None:
-        """Make the open push the served policy."""
-        assert self._open_version is not None
-        self._policy_version = self._open_version
-        self._open_version = None
-
-    def fail(self, reason: str) -> None:
-        """Record why the open push cannot be completed; its first reason stays.
-
-        Without an open push this does nothing.
-        """
-        if self._open_version is not None and self._failure is None:
-            self._failure = reason
-
-    def _require_open(self, version: int) -> None:
-        if self._open_version is None:
-            raise WeightUpdateError(f"version {version}: no weight push is open")
-        if self._failure is not None:
-            raise WeightUpdateError(
-                f"the push of version {self._open_version} has failed ({self._failure}): "
-                "begin a new one"
-            )
-        if version != self._open_version:
-            raise WeightUpdateError(
-                f"version {version} offered while version {self._open_version} is being pushed"
-            )
-
-
-def _shortened(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,115 +15,21 @@ import numpy as np
 
 from r2vpo_megatron.models import ARCHITECTURES
 from r2vpo_megatron.models.spec import read_model_spec
+from r2vpo_megatron.observability.memory import resident_bytes
 from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest
-from r2vpo_megatron.rollout.engine import WeightBucket, WeightUpdateError, WeightUpdateTracker
+from r2vpo_megatron.rollout.engine import (
+    EngineReport,
+    VersionSpans,
+    check_request,
+    check_token_ids,
+    continuation_seed,
+)
+from r2vpo_megatron.rollout.engine_settings import engine_arguments, engine_environment
 from r2vpo_megatron.rollout.pangu_plugin import register_openpangu
 from r2vpo_megatron.rollout.sampling import SamplingSettings
-
-WORKER_EXTENSION = "r2vpo_megatron.rollout.worker_extension.WeightPushExtension"
-
-
-def engine_environment(device_name: str, num_threads: int = 1) -> dict[str, str]:
-    """Environment variables of a process that is to hold an engine.
-
-    Set them before the process loads torch: OpenMP reads its own only once.
-
-    Args:
-        device_name: "cpu", "cuda" or "npu".
-        num_threads: OpenMP threads of the engine on a CPU.
-
-    Raises:
-        ValueError: the device name is unknown.
-    """
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in this very process
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings speak of tokenizers and preloads unused here
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    by_device = {
-        # Without PASSIVE, idle OpenMP threads spin and starve the other processes of a busy
-        # machine (ten times slower). Without nobind, vLLM claims cores that learners use.
-        "cpu": {
-            "OMP_NUM_THREADS": str(num_threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # vLLM compiles a sampler function even in eager mode (batched_count_greater_than).
-            # On a CPU that takes a C++ compiler, and one that finds its headers in a path
-            # with a space.
-            "TORCHDYNAMO_DISABLE": "1",
-            # Tensor-parallel workers killed at the end of their grace leave files in /dev/shm.
-            "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "60",
-        },
-        "cuda": {},
-        # The NZ layout of vllm-ascend would have to be converted back at every weight push.
-        "npu": {"VLLM_ASCEND_ENABLE_NZ": "0"},
-    }
-    return environment | _for_device(by_device, device_name)
-
-
-def _for_device(by_device: Mapping[str, dict[str, Any]], device_name: str) -> dict[str, Any]:
-    if device_name not in by_device:
-        raise ValueError(f"device_name={device_name!r}: must be one of {', '.join(by_device)}")
-    return by_device[device_name]
-
-
-def _platform_arguments(device_name: str) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that depend on the platform."""
-    by_device: dict[str, dict[str, Any]] = {
-        "cpu": {
-            # Compiling costs tens of seconds at start-up and gains nothing on a CPU.
-            "enforce_eager": True,
-            # For a prompt cut in chunks vLLM winds the request's generator back
-            # (GPUModelRunner._bookkeeping_sync), which CPU generators cannot do.
-            "enable_chunked_prefill": False,
-        },
-        "cuda": {"enforce_eager": False},
-        "npu": {"enforce_eager": True},
-    }
-    return _for_device(by_device, device_name)
-
-
-def engine_arguments(
-    model_dir: Path,
-    *,
-    dtype: str,
-    max_model_len: int,
-    kv_cache_bytes: int,
-    memory_fraction: float | None,
-    max_num_seqs: int,
-    tensor_parallel: int,
-    seed: int,
-    device_name: str,
-) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`; those of `VLLMEngine` have the same meaning here.
-
-    Raises:
-        ValueError: the device name is unknown.
-    """
-    if device_name == "cpu":
-        memory: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_bytes}
-    else:
-        # A fixed KV cache would make vLLM ignore the fraction.
-        memory = {} if memory_fraction is None else {"gpu_memory_utilization": memory_fraction}
-    return {
-        "model": str(model_dir),
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # ignore sampling defaults and stop ids of the checkpoint
-        "tensor_parallel_size": tensor_parallel,
-        "dtype": dtype,
-        "seed": seed,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "use_tqdm_on_load": False,
-        "enable_prefix_caching": True,  # the responses of a group share their prompt
-        "logprobs_mode": "processed_logprobs",  # the default is before temperature
-        "worker_extension_cls": WORKER_EXTENSION,
-        **memory,
-        **_platform_arguments(device_name),
-    }
+from r2vpo_megatron.rollout.weight_receiver import WeightReceiver
+from r2vpo_megatron.rollout.weight_transfer import register_weight_transfer
+from r2vpo_megatron.rollout.weight_updates import WeightUpdateTracker
 
 
 def checkpoint_tensor_names(model_dir: Path) -> frozenset[str]:
@@ -146,11 +55,22 @@ def checkpoint_tensor_names(model_dir: Path) -> frozenset[str]:
         )
 
 
+@dataclass
+class _Queued:
+    """A request that vLLM has."""
+
+    request: GenerationRequest
+    vllm_id: str  # by which vLLM keeps its state
+    spans: VersionSpans = field(default_factory=VersionSpans)
+    num_reported: int = 0  # of its tokens, in slices before
+
+
 class VLLMEngine:
     """One vLLM engine in the calling process; satisfies `RolloutEngine`.
 
     Token ids go in and come out; the tokenizer is not loaded, so that the learner and the engine
-    see the very same ids.
+    see the very same ids. vLLM is driven step by step and gives outputs of finished requests only;
+    what is known of the others meanwhile is read from its output processor.
 
     Args:
         model_dir: folder in Hugging Face format with config.json and safetensors files.
@@ -199,131 +119,149 @@ class VLLMEngine:
         for name, value in engine_environment(device_name).items():
             os.environ.setdefault(name, value)
         self._max_model_len = max_model_len
+        self._vocab_size = read_model_spec(model_dir).vocab_size
         self._tracker = WeightUpdateTracker(policy_version, checkpoint_tensor_names(model_dir))
 
         # vLLM reads the environment while it is imported.
         from vllm import LLM
 
         register_openpangu()
+        register_weight_transfer()
         try:
             self._llm: Any = LLM(**arguments)
         except ValueError as error:  # pydantic's own cannot be pickled on its way to the driver
             raise ValueError(f"vLLM refuses {model_dir}: {error}") from None
+        self._weights = WeightReceiver(self._llm, self._tracker, self._reset_prefix_cache)
+        self._queued: dict[str, _Queued] = {}  # by the id that vLLM's outputs name, in order
+        self._finished: list[Generation] = []  # not yet reported
+        self._scored: dict[str, Any] = {}  # vLLM's outputs of `score`, by id
+        self._num_new_tokens = 0  # of finished requests, not yet reported
+        self._sampling_version = policy_version  # of the weights of the last step
+        self._ids = map(str, itertools.count())
 
     @property
     def policy_version(self) -> int:
         """Version of the last complete set of weights."""
         return self._tracker.policy_version
 
+    @property
+    def weights(self) -> WeightReceiver:
+        """The receiving end of weight pushes; see `WeightReceiver`."""
+        return self._weights
+
+    def add_requests(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> None:
+        """Queue requests, one response each; see `RolloutEngine.add_requests`."""
+        sample_ids = {queued.request.sample_id for queued in self._queued.values()}
+        sample_ids.update(generation.sample_id for generation in self._finished)
+        for request in requests:
+            check_request(request, sampling, self._max_model_len, self._vocab_size)
+            if request.sample_id in sample_ids:
+                raise ValueError(f"request {request.sample_id}: is queued already")
+            sample_ids.add(request.sample_id)
+        if not self._queued:
+            # A prompt found in the cache takes another path through the kernels, with other
+            # rounding. An empty cache makes the result a function of weights and requests alone.
+            self._reset_prefix_cache()
+        added: list[str] = []
+        try:
+            for request in requests:
+                token_ids = (*request.prompt_token_ids, *request.partial_token_ids)
+                params = vllm_sampling_params(request, sampling)
+                output_id, vllm_id = self._enqueue(token_ids, params, request.sample_id)
+                self._queued[output_id] = _Queued(request, vllm_id)
+                added.append(output_id)
+        except Exception:
+            self._forget(added)
+            for output_id in added:
+                del self._queued[output_id]
+            raise
+
+    def advance(self, seconds: float) -> EngineReport:
+        """Sample for about so long, or until no request is left; see `RolloutEngine.advance`."""
+        self._tracker.require_complete()
+        self._close_spans()
+        start = now = time.perf_counter()
+        while self._queued:
+            self._step()
+            now = time.perf_counter()
+            if now - start >= seconds:
+                break
+        return EngineReport(
+            finished=self._take_finished(),
+            num_unfinished=len(self._queued),
+            num_tokens=self._take_num_new_tokens(),
+            busy_seconds=now - start,
+            memory_bytes=resident_bytes(),
+        )
+
+    def abort_requests(self) -> list[Generation]:
+        """Take all requests back, with their tokens; see `RolloutEngine.abort_requests`."""
+        self._close_spans()
+        generations = self._take_finished()
+        for queued in self._queued.values():
+            token_ids, logprobs = _sampled(self._state(queued))
+            generations.append(self._as_generation(queued, token_ids, logprobs, "abort"))
+        self._forget(self._queued)
+        self._queued = {}
+        _require_finite(generations)
+        return generations
+
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
     ) -> list[Generation]:
         """Sample one response per request; see `RolloutEngine.generate`."""
-        from vllm import SamplingParams
-
         self._tracker.require_complete()
-        for request in requests:
-            self._check_prompt(request, sampling.max_response_tokens)
-        if not requests:
-            return []
-        # A prompt found in the cache takes another path through the kernels, with other rounding.
-        # An empty cache makes the result a function of the weights and the requests alone.
-        self._reset_prefix_cache()
-        params = [
-            SamplingParams(
-                temperature=0.0 if sampling.greedy else sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=request.seed,
-                max_tokens=sampling.max_response_tokens,
-                stop_token_ids=list(sampling.stop_token_ids),
-                ignore_eos=True,  # stop_token_ids alone decide
-                logprobs=0,  # that of the sampled token only
-                detokenize=False,
+        if self._queued or self._finished:
+            raise ValueError(
+                f"{len(self._queued)} other requests are queued and {len(self._finished)} finished "
+                "ones not yet reported: advance until none is left"
             )
-            for request in requests
-        ]
-        prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in requests]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [
-            self._as_generation(request, output.outputs[0])
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        self.add_requests(requests, sampling)
+        try:
+            generations = self.advance(math.inf).finished
+        finally:  # an error, or an interrupt, leaves nothing behind
+            self._forget(self._queued)
+            self._queued, self._finished = {}, []
+        by_id = {generation.sample_id: generation for generation in generations}
+        return [by_id[request.sample_id] for request in requests]
 
     def score(self, token_id_lists: Sequence[Sequence[int]]) -> list[FloatArray]:
         """Log-probs of given sequences at temperature 1; see `RolloutEngine.score`."""
         from vllm import SamplingParams
 
         self._tracker.require_complete()
-        if not token_id_lists:
-            return []
         for token_ids in token_id_lists:
             if not 1 <= len(token_ids) < self._max_model_len:
                 raise ValueError(
                     f"a sequence of {len(token_ids)} tokens: must have between 1 and "
                     f"max_model_len - 1 = {self._max_model_len - 1}"
                 )
+            check_token_ids("a sequence", token_ids, self._vocab_size)
+        self._close_spans()
         # The engine insists on generating one token; it is thrown away.
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts = [{"prompt_token_ids": list(token_ids)} for token_ids in token_id_lists]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [
-            np.array(
-                [
-                    entry[token_id].logprob
-                    for token_id, entry in zip(
-                        token_ids[1:], output.prompt_logprobs[1:], strict=True
-                    )
-                ],
-                dtype=np.float32,
-            )
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        output_ids: list[str] = []
+        try:
+            for index, token_ids in enumerate(token_id_lists):
+                output_ids.append(self._enqueue(token_ids, params, f"{index} of score")[0])
+            while len(self._scored) < len(output_ids):
+                self._step()
+            outputs = [self._scored[output_id] for output_id in output_ids]
+        finally:
+            self._forget(set(output_ids) - self._scored.keys())
+            self._scored = {}
+        scores = [
+            _logprobs_of(token_ids[1:], output.prompt_logprobs)
             for token_ids, output in zip(token_id_lists, outputs, strict=True)
         ]
-
-    def begin_weight_update(self, version: int) -> None:
-        """Open a push; see `RolloutEngine.begin_weight_update`."""
-        self._tracker.begin(version)
-        self._call_workers("begin_weight_push")
-
-    def load_weight_bucket(self, bucket: WeightBucket) -> dict[str, float]:
-        """Load one bucket of the open push.
-
-        Returns:
-            Stage times in seconds, of the slowest tensor-parallel rank.
-
-        Raises:
-            WeightUpdateError: the bucket is not the next one of the open push, or is damaged.
-        """
-        try:
-            self._tracker.expect(bucket)
-        except WeightUpdateError as error:
-            self._tracker.fail(str(error))
-            raise
-        times = self._call_workers("load_weight_push_bucket", bucket)
-        self._tracker.accept(bucket)
-        return {name: max(of_rank[name] for of_rank in times) for name in times[0]}
-
-    def finish_weight_update(self, version: int, checksum: int) -> dict[str, float]:
-        """Verify and activate the open push; see `RolloutEngine.finish_weight_update`.
-
-        Raises:
-            WeightUpdateError: the push is not complete; generation stays refused.
-        """
-        start = time.perf_counter()
-        try:
-            self._tracker.require_finishable(version, checksum)
-        except WeightUpdateError as error:
-            self._tracker.fail(str(error))
-            raise
-        self._call_workers("finish_weight_push")
-        self._reset_prefix_cache()
-        self._tracker.commit()
-        return {"weight_sync/finish_seconds": time.perf_counter() - start}
-
-    def abort_weight_update(self) -> None:
-        """Give up the open push, if any."""
-        self._tracker.fail("aborted")
-        self._llm.collective_rpc("abort_weight_push")
+        for index, logprobs in enumerate(scores):
+            if not np.isfinite(logprobs).all():
+                raise RuntimeError(f"sequence {index} of score: a log-prob is not finite")
+        return scores
 
     def shutdown(self) -> None:
         """Free the engine's processes, process groups and memory."""
@@ -331,43 +269,123 @@ class VLLMEngine:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
 
-    def _call_workers(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker within the open push, which fails with it.
-
-        Whatever breaks off a load leaves a mixture of two policies, so every error counts; those
-        of other processes come as RuntimeError anyway.
-        """
+    def _enqueue(self, token_ids: Sequence[int], params: Any, name: str) -> tuple[str, str]:
+        """Give vLLM a request; the id in its outputs, and the one by which it keeps the state."""
+        output_id = next(self._ids)
+        prompt = {"prompt_token_ids": list(token_ids)}
         try:
-            return list(self._llm.collective_rpc(method, args=args))
-        except Exception as error:
-            self._tracker.fail(f"{type(error).__name__}: {error}")
-            raise WeightUpdateError(f"{method} failed: {error}") from error
+            vllm_id = self._llm.llm_engine.add_request(output_id, prompt, params)
+        except ValueError as error:  # of a class that needs vLLM where it is unpickled
+            raise ValueError(f"request {name}: vLLM refuses it: {error}") from None
+        return output_id, vllm_id or output_id  # older versions return none
+
+    def _step(self) -> None:
+        """One step of all requests; puts away what it finishes."""
+        finished = []
+        for output in self._llm.llm_engine.step():
+            queued = self._queued.pop(output.request_id, None)
+            if queued is None:
+                self._scored[output.request_id] = output
+                continue
+            done = output.outputs[0]
+            finished.append(
+                self._as_generation(queued, done.token_ids, done.logprobs, done.finish_reason)
+            )
+            self._num_new_tokens += len(done.token_ids) - queued.num_reported
+        _require_finite(finished)
+        self._finished += finished
+
+    def _close_spans(self) -> None:
+        """Before a step: where the weights are new, all tokens so far are of the version before.
+
+        Tokens are sampled in steps alone and each step's are known when it is over, so that this
+        holds whenever the weights were replaced.
+        """
+        if self._sampling_version == self.policy_version:
+            return
+        for queued in self._queued.values():
+            token_ids, _ = _sampled(self._state(queued))
+            queued.spans.close(len(token_ids), self._sampling_version)
+        self._sampling_version = self.policy_version
+
+    def _take_finished(self) -> list[Generation]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _take_num_new_tokens(self) -> int:
+        """Tokens sampled since the last report."""
+        num_new_tokens, self._num_new_tokens = self._num_new_tokens, 0
+        for queued in self._queued.values():
+            num_tokens = len(_sampled(self._state(queued))[0])
+            num_new_tokens += num_tokens - queued.num_reported
+            queued.num_reported = num_tokens
+        return num_new_tokens
+
+    def _state(self, queued: _Queued) -> Any:
+        """What vLLM's output processor has gathered of a request."""
+        return self._llm.llm_engine.output_processor.request_states[queued.vllm_id]
+
+    def _forget(self, output_ids: Collection[str]) -> None:
+        """Have vLLM drop requests."""
+        if output_ids:
+            self._llm.llm_engine.abort_request(list(output_ids))
 
     def _reset_prefix_cache(self) -> None:
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        """Forget all KV; that of responses under way is computed anew in their next step."""
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not reset its prefix cache")
 
-    def _check_prompt(self, request: GenerationRequest, max_response_tokens: int) -> None:
-        num_prompt_tokens = len(request.prompt_token_ids)
-        if num_prompt_tokens == 0:
-            raise ValueError(f"request {request.sample_id}: the prompt is empty")
-        if num_prompt_tokens + max_response_tokens > self._max_model_len:
-            raise ValueError(
-                f"request {request.sample_id}: {num_prompt_tokens} prompt tokens + "
-                f"max_response_tokens={max_response_tokens} exceed "
-                f"max_model_len={self._max_model_len}"
-            )
-
-    def _as_generation(self, request: GenerationRequest, completion: Any) -> Generation:
-        token_ids = tuple(completion.token_ids)
-        logprobs = [
-            entry[token_id].logprob
-            for token_id, entry in zip(token_ids, completion.logprobs, strict=True)
-        ]
+    def _as_generation(
+        self, queued: _Queued, token_ids: Sequence[int], logprobs: Any, finish_reason: str
+    ) -> Generation:
         return Generation(
-            sample_id=request.sample_id,
-            token_ids=token_ids,
-            rollout_logprobs=np.array(logprobs, dtype=np.float32),
-            finish_reason=str(completion.finish_reason),
-            policy_version=self.policy_version,
+            sample_id=queued.request.sample_id,
+            token_ids=tuple(token_ids),
+            rollout_logprobs=_logprobs_of(token_ids, logprobs),
+            finish_reason=str(finish_reason),
+            policy_versions=queued.spans.stamp(len(token_ids), self._sampling_version),
         )
+
+
+def vllm_sampling_params(request: GenerationRequest, sampling: SamplingSettings) -> Any:
+    """vLLM's parameters of a request; a continuation samples what its partial tokens leave."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    num_partial_tokens = len(request.partial_token_ids)
+    return SamplingParams(
+        temperature=0.0 if sampling.greedy else sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=continuation_seed(request.seed, num_partial_tokens),
+        max_tokens=sampling.max_response_tokens - num_partial_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # stop_token_ids alone decide
+        logprobs=0,  # that of the sampled token only
+        flat_logprobs=True,  # one list instead of an object per token
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _sampled(state: Any) -> tuple[Sequence[int], Any]:
+    """Tokens of an unfinished request, and their log-probs in vLLM's flat form."""
+    return state.detokenizer.output_token_ids, state.logprobs_processor.logprobs
+
+
+def _logprobs_of(token_ids: Sequence[int], flat: Any) -> FloatArray:
+    """The log-probs [R] in vLLM's flat form, which must be those of these tokens."""
+    if list(flat.token_ids) != list(token_ids):
+        raise RuntimeError("vLLM's log-probs are not those of the sampled tokens")
+    return np.array(flat.logprobs, dtype=np.float32)
+
+
+def _require_finite(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        if not np.isfinite(generation.rollout_logprobs).all():
+            position = int(np.argmin(np.isfinite(generation.rollout_logprobs)))
+            raise RuntimeError(
+                f"sample {generation.sample_id}: the log-prob of response token {position} is "
+                f"{generation.rollout_logprobs[position]}; are the weights of version "
+                f"{generation.policy_versions[position]} finite?"
+            )

@@ -1,143 +1,36 @@
-"""The vLLM engine against Hugging Face transformers: samples, log-probs and weight pushes.
-
-The engine lives in a child process, as it does in a run, so that pushes cross a process border
-and nothing that vLLM changes in its process touches other tests.
-"""
+"""The vLLM engine against Hugging Face transformers: samples, log-probs and weight pushes."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
-import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
-from r2vpo_megatron.models.pangu_hf import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
 from r2vpo_megatron.records import Generation, GenerationRequest
-from r2vpo_megatron.rollout.engine import WeightUpdateError
 from r2vpo_megatron.rollout.sampling import SamplingSettings
-from r2vpo_megatron.rollout.vllm_engine import VLLMEngine, engine_environment
+from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
 from r2vpo_megatron.weight_sync import SharedMemorySender
+from tests.distributed.engine_in_child import (
+    LARGE_BUCKET_BYTES,
+    MAX_MODEL_LEN,
+    NUM_NEW_TOKENS,
+    PROMPTS,
+    SMALL_BUCKET_BYTES,
+    EngineInChild,
+    checkpoint_tensors,
+    engine_process,
+    hf_greedy,
+    hf_logprobs,
+    make_model,
+    start_engine,
+    stop_engine,
+)
 
 pytest.importorskip("vllm")
-
-VOCAB_SIZE = 300
-MAX_MODEL_LEN = 192
-NUM_NEW_TOKENS = 12
-# The last prompt is longer than a block of the KV cache (128 tokens on a CPU): a prefix cache that
-# outlives its weights would be seen.
-PROMPT_LENGTHS = [3, 8, 13, 18, 23, 28, 33, 160]
-PROMPTS = [
-    [(7 * i + 11 * j) % VOCAB_SIZE for j in range(length)]
-    for i, length in enumerate(PROMPT_LENGTHS)
-]
-GREEDY = SamplingSettings(NUM_NEW_TOKENS, greedy=True)
-# Splits layers and fused projections over buckets; the second takes a model in one bucket.
-SMALL_BUCKET_BYTES, LARGE_BUCKET_BYTES = 16 << 10, 64 << 20
-
-
-def make_model(architecture: str, seed: int) -> PreTrainedModel:
-    """A random model whose weights are large enough to make greedy choices clear."""
-    torch.manual_seed(seed)
-    fields: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-    }
-    model: PreTrainedModel
-    if architecture == "qwen2":
-        config = Qwen2Config(**{**fields, "num_key_value_heads": 2, "hidden_size": 128})
-        model = Qwen2ForCausalLM(config)
-    else:
-        tied = architecture == "pangu_tied"
-        pangu = PanguEmbeddedConfig(**fields, bias=True, tie_word_embeddings=tied)
-        model = PanguEmbeddedForCausalLM(pangu)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.float().eval()
-
-
-def checkpoint_tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    tied = model.config.tie_word_embeddings
-    state = model.state_dict()
-    return [(name, state[name]) for name in state if not (tied and name == "lm_head.weight")]
-
-
-@torch.no_grad()
-def hf_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
-    return model(torch.tensor([list(token_ids)])).logits[0].double()
-
-
-def hf_greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[int, ...]:
-    token_ids = list(prompt)
-    for _ in range(NUM_NEW_TOKENS):
-        token_ids.append(int(hf_logits(model, token_ids)[-1].argmax()))
-    return tuple(token_ids[len(prompt) :])
-
-
-def hf_logprobs(
-    model: PreTrainedModel, prompt: list[int], response: Sequence[int], temperature: float
-) -> np.ndarray:
-    logits = hf_logits(model, [*prompt, *response])[len(prompt) - 1 : -1] / temperature
-    chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])
-    return chosen[:, 0].numpy()
-
-
-class EngineInChild:
-    """A VLLMEngine in the one process of a pool."""
-
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
-
-    def call(self, method: str, *args: Any) -> Any:
-        return self._pool.submit(call_engine, method, args).result(timeout=120)
-
-    def greedy(self) -> list[tuple[int, ...]]:
-        requests = [GenerationRequest(str(i), tuple(p), i) for i, p in enumerate(PROMPTS)]
-        return [generation.token_ids for generation in self.call("generate", requests, GREEDY)]
-
-    def push(self, version: int, model: PreTrainedModel, bucket_bytes: int) -> dict[str, float]:
-        sender = SharedMemorySender(bucket_bytes)
-        self.call("begin_weight_update", version)
-        for bucket in sender.buckets(version, checkpoint_tensors(model)):
-            self.call("load_weight_bucket", bucket)
-        self.call("finish_weight_update", version, sender.push_checksum)
-        return sender.metrics()
-
-
-ENGINE_OF_CHILD: list[VLLMEngine] = []  # filled in the child process only
-
-
-def start_engine(model_dir: Path, tensor_parallel: int = 1) -> None:
-    engine = VLLMEngine(
-        model_dir, max_model_len=MAX_MODEL_LEN, max_num_seqs=8, tensor_parallel=tensor_parallel
-    )
-    ENGINE_OF_CHILD.append(engine)
-
-
-def stop_engine() -> None:
-    ENGINE_OF_CHILD.pop().shutdown()
-
-
-def call_engine(method: str, args: tuple[Any, ...]) -> Any:
-    member = getattr(ENGINE_OF_CHILD[0], method)
-    return member(*args) if callable(member) else member
 
 
 @pytest.fixture(scope="module", params=["pangu_tied", "pangu_untied", "qwen2"])
@@ -158,17 +51,6 @@ def model_a(architecture: str) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def model_b(architecture: str) -> PreTrainedModel:
     return make_model(architecture, seed=2)
-
-
-@contextlib.contextmanager
-def engine_process() -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    with (
-        mock.patch.dict(os.environ, engine_environment("cpu")),
-        ProcessPoolExecutor(max_workers=1, mp_context=context) as pool,
-    ):
-        pool.submit(os.getpid).result()  # the child has this environment now
-        yield pool
 
 
 @pytest.fixture(scope="module")
@@ -297,12 +179,12 @@ def test_an_aborted_push_is_not_served_and_the_next_one_recovers(
     version = engine.call("policy_version")
     sender = SharedMemorySender(SMALL_BUCKET_BYTES)
     buckets = sender.buckets(version + 1, checkpoint_tensors(model_b))
-    engine.call("begin_weight_update", version + 1)
+    engine.call("weights.begin", version + 1)
     for _ in range(3):
-        engine.call("load_weight_bucket", next(buckets))
+        engine.call("weights.load", next(buckets))
     with pytest.raises(WeightUpdateError, match="not finished: 3 buckets received"):
         engine.greedy()
-    engine.call("abort_weight_update")
+    engine.call("weights.abort")
     sender.close()
     with pytest.raises(WeightUpdateError, match="aborted"):
         engine.greedy()
@@ -319,10 +201,8 @@ def test_a_push_begun_over_a_half_push_is_served_exactly(
 ) -> None:
     version = engine.call("policy_version")
     sender = SharedMemorySender(SMALL_BUCKET_BYTES)
-    engine.call("begin_weight_update", version + 1)
-    engine.call(
-        "load_weight_bucket", next(sender.buckets(version + 1, checkpoint_tensors(model_a)))
-    )
+    engine.call("weights.begin", version + 1)
+    engine.call("weights.load", next(sender.buckets(version + 1, checkpoint_tensors(model_a))))
     sender.close()
     engine.push(version + 2, model_b, LARGE_BUCKET_BYTES)
     assert engine.greedy() == [hf_greedy(model_b, prompt) for prompt in PROMPTS]
@@ -333,11 +213,11 @@ def test_an_incomplete_push_is_refused(engine: EngineInChild, model_b: PreTraine
     missing = "model.layers.1.self_attn.v_proj.weight"
     tensors = [(name, value) for name, value in checkpoint_tensors(model_b) if name != missing]
     sender = SharedMemorySender(LARGE_BUCKET_BYTES)
-    engine.call("begin_weight_update", version + 1)
+    engine.call("weights.begin", version + 1)
     for bucket in sender.buckets(version + 1, tensors):
-        engine.call("load_weight_bucket", bucket)
+        engine.call("weights.load", bucket)
     with pytest.raises(WeightUpdateError, match=rf"lacks 1 of \d+ tensors: {missing}"):
-        engine.call("finish_weight_update", version + 1, sender.push_checksum)
+        engine.call("weights.finish", version + 1, sender.push_checksum)
     with pytest.raises(WeightUpdateError, match="needs a complete push"):
         engine.greedy()
 
@@ -349,9 +229,9 @@ def test_an_unreachable_bucket_fails_the_push(
     sender = SharedMemorySender(LARGE_BUCKET_BYTES)
     bucket = next(sender.buckets(version + 1, checkpoint_tensors(model_b)))
     sender.close()
-    engine.call("begin_weight_update", version + 1)
+    engine.call("weights.begin", version + 1)
     with pytest.raises(WeightUpdateError, match="cannot open the weight bucket"):
-        engine.call("load_weight_bucket", bucket)
+        engine.call("weights.load", bucket)
     with pytest.raises(WeightUpdateError, match="cannot open the weight bucket"):
         engine.greedy()
 

@@ -10,13 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from r2vpo_megatron.rollout.engine_settings import engine_arguments, engine_environment
 from r2vpo_megatron.rollout.sampling import SamplingSettings
-from r2vpo_megatron.rollout.vllm_engine import (
-    VLLMEngine,
-    checkpoint_tensor_names,
-    engine_arguments,
-    engine_environment,
-)
+from r2vpo_megatron.rollout.vllm_engine import VLLMEngine, checkpoint_tensor_names
 
 
 @pytest.mark.parametrize(
@@ -77,13 +73,38 @@ def test_a_share_of_the_memory_decides_on_accelerators(device_name: str) -> None
     assert on_cpu["kv_cache_memory_bytes"] == 1 << 20
     assert "gpu_memory_utilization" not in on_cpu
 
+    assert on_cpu["async_scheduling"] is False
+
     given = engine_arguments(model_dir, device_name=device_name, memory_fraction=0.6, **arguments)
     assert given["gpu_memory_utilization"] == 0.6
     assert "kv_cache_memory_bytes" not in given
+    assert given["async_scheduling"] is False
     assert (given["dtype"], given["tensor_parallel_size"], given["seed"]) == ("bfloat16", 2, 3)
 
     left = engine_arguments(model_dir, device_name=device_name, memory_fraction=None, **arguments)
     assert left.keys() == given.keys() - {"gpu_memory_utilization"}
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "max_num_seqs", "tokens_per_step"),
+    [(192, 8, 4096), (4096, 1, 4097), (18432, 256, 18688)],
+)
+def test_a_step_on_a_cpu_has_room_for_the_longest_response_beside_all_others(
+    max_model_len: int, max_num_seqs: int, tokens_per_step: int
+) -> None:
+    arguments = engine_arguments(
+        Path("model"),
+        dtype="float32",
+        max_model_len=max_model_len,
+        kv_cache_bytes=1,
+        memory_fraction=None,
+        max_num_seqs=max_num_seqs,
+        tensor_parallel=1,
+        seed=0,
+        device_name="cpu",
+    )
+    assert arguments["enable_chunked_prefill"] is False
+    assert arguments["max_num_batched_tokens"] == tokens_per_step
 
 
 def test_a_folder_without_config_is_refused_before_vllm_is_loaded(tmp_path: Path) -> None:
