@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from r2vpo_megatron.checkpoint.layout import (
     Placement,
+    TensorPieces,
     merge_shards,
     placements,
     read_shard,
     shard_shape,
 )
 from r2vpo_megatron.checkpoint.megatron_keys import open_checkpoint
+from r2vpo_megatron.checkpoint.shard_gather import ShardGather
 from r2vpo_megatron.checkpoint.tensor_check import check_tensors, entries_of
 from r2vpo_megatron.models.pipeline import stage_of_layer
 from r2vpo_megatron.models.spec import ModelSpec
@@ -57,9 +60,62 @@ def load_hf_weights(
             parameter.copy_(shard)
 
 
+class HfWeights(Iterator[tuple[str, Any]]):
+    """The stream of `iterate_hf_weights`, and how long its own arithmetic took so far."""
+
+    def __init__(self, model_chunks: Sequence[Any], spec: ModelSpec, state: ParallelState) -> None:
+        """Begin the stream; see `iterate_hf_weights`."""
+        self.convert_seconds = 0.0  # from Megatron's layout to Hugging Face's, on rank 0
+        self._stream = self._generate(model_chunks, spec, state)
+
+    def __next__(self) -> tuple[str, Any]:
+        """The next tensor; as collective as the stream."""
+        name, pieces = next(self._stream)
+        return name, None if pieces is None else self._put_together(pieces)
+
+    def in_pieces(self) -> Iterator[tuple[str, TensorPieces | None]]:
+        """The same stream, for those who copy each tensor to its place before they ask for more."""
+        return self._stream
+
+    def _generate(
+        self, model_chunks: Sequence[Any], spec: ModelSpec, state: ParallelState
+    ) -> Iterator[tuple[str, TensorPieces | None]]:
+        parameters = _local_parameters(model_chunks)
+        takes_part = state.data_rank == 0 and state.context_rank == 0
+        if takes_part:
+            largest_bytes = max(p.numel() * p.element_size() for p in parameters.values())
+            stage = ShardGather(state, largest_bytes)
+        for group in placements(spec):
+            merged: list[dict[str, TensorPieces]] = []
+            if takes_part:
+                for placement in group:
+                    shards = _collect_shards(placement, spec, state, parameters, stage)
+                    if state.is_writer:
+                        merged.append(merge_shards(placement, spec, shards))
+                        if placement is not group[-1]:  # the next one may take the shards' place
+                            merged[-1] = self._copied(merged[-1])
+                    del shards
+            # Weight and bias alternate: q weight, q bias, k weight, ...
+            for names in zip(*(placement.hf_shapes for placement in group), strict=True):
+                for position, name in enumerate(names):
+                    yield name, merged[position].pop(name) if merged else None
+
+    def _copied(self, merged: dict[str, TensorPieces]) -> dict[str, TensorPieces]:
+        wholes = {name: self._put_together(pieces) for name, pieces in merged.items()}
+        return {
+            name: TensorPieces([whole], 0, tuple(whole.shape)) for name, whole in wholes.items()
+        }
+
+    def _put_together(self, pieces: TensorPieces) -> Tensor:
+        start = time.perf_counter()
+        whole = pieces.whole()
+        self.convert_seconds += time.perf_counter() - start
+        return whole
+
+
 def iterate_hf_weights(
     model_chunks: Sequence[Any], spec: ModelSpec, state: ParallelState
-) -> Iterator[tuple[str, Tensor | None]]:
+) -> HfWeights:
     """Yield every tensor of the Hugging Face checkpoint, whole, in its order.
 
     Collective: every rank must iterate to the end, in step; data-parallel replicas other than
@@ -75,20 +131,7 @@ def iterate_hf_weights(
         (name, tensor): on global rank 0 the unpadded, contiguous tensor on state.device in the
         parameters' dtype, which may share memory with a parameter; None on every other rank.
     """
-    parameters = _local_parameters(model_chunks)
-    dtype = next(iter(parameters.values())).dtype
-    takes_part = state.data_rank == 0 and state.context_rank == 0
-    for group in placements(spec):
-        merged: list[dict[str, Tensor]] = []
-        if takes_part:
-            for placement in group:
-                shards = _collect_shards(placement, spec, state, parameters, dtype)
-                if state.is_writer:
-                    merged.append(merge_shards(placement, spec, shards))
-        # Weight and bias alternate: q weight, q bias, k weight, ...
-        for names in zip(*(placement.hf_shapes for placement in group), strict=True):
-            for position, name in enumerate(names):
-                yield name, merged[position][name].contiguous() if merged else None
+    return HfWeights(model_chunks, spec, state)
 
 
 def _collect_shards(
@@ -96,19 +139,19 @@ def _collect_shards(
     spec: ModelSpec,
     state: ParallelState,
     parameters: dict[str, Tensor],
-    dtype: torch.dtype,
+    stage: ShardGather,
 ) -> list[Tensor]:
-    """Bring the shards of one parameter to global rank 0, from the TP ranks of its stage."""
+    """Bring the shards of one parameter to global rank 0, from the TP ranks of its stage.
+
+    They are to be read before the next call.
+    """
     owner = _stage_of(placement, spec, state)
     shape = shard_shape(placement, spec, state.tensor_size)
     num_shards = 1 if placement.kind == "replicated" else state.tensor_size
     shards: list[Tensor] = []
     if state.pipeline_rank == owner:
         local = parameters[placement.megatron_name].detach()
-        shards = [local]
-        if num_shards > 1:
-            shards = [torch.empty_like(local) for _ in range(num_shards)]
-            dist.all_gather(shards, local.contiguous(), group=state.tensor_group)
+        shards = stage.gather(local) if num_shards > 1 else [local]
     if owner == 0 or state.tensor_rank != 0:
         return shards
     stages = dist.get_process_group_ranks(state.pipeline_group)
@@ -116,6 +159,7 @@ def _collect_shards(
         for shard in shards:
             dist.send(shard.contiguous(), dst=stages[0], group=state.pipeline_group)
     elif state.pipeline_rank == 0:
+        dtype = next(iter(parameters.values())).dtype
         shards = [torch.empty(shape, dtype=dtype, device=state.device) for _ in range(num_shards)]
         for shard in shards:
             dist.recv(shard, src=stages[owner], group=state.pipeline_group)

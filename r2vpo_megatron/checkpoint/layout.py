@@ -9,6 +9,7 @@ row         o and down projections: columns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -54,11 +55,11 @@ def interleave_qkv(query: Tensor, key: Tensor, value: Tensor, head_dim: int) -> 
 
 
 def split_qkv(fused: Tensor, head_dim: int, heads_per_kv_head: int) -> tuple[Tensor, ...]:
-    """Undo interleave_qkv: query, key and value rows, contiguous."""
+    """Undo interleave_qkv, as views: query, key and value, [kv_heads, rows of one, ...]."""
     rest = fused.shape[1:]
     groups = fused.reshape(-1, (heads_per_kv_head + 2) * head_dim, *rest)
     sizes = [heads_per_kv_head * head_dim, head_dim, head_dim]
-    return tuple(part.reshape(-1, *rest) for part in groups.split(sizes, dim=1))
+    return groups.split(sizes, dim=1)
 
 
 def placements(spec: ModelSpec) -> list[tuple[Placement, ...]]:
@@ -180,25 +181,77 @@ def read_shard(
     return read_rows(placement, spec, start, start + shape[0], read)
 
 
+class TensorPieces:
+    """A tensor that has not been put together yet.
+
+    Args:
+        pieces: follow each other along one dimension; the first dimension may be split into two.
+        dim: that dimension, of the pieces.
+        shape: of the whole.
+    """
+
+    def __init__(self, pieces: Sequence[Tensor], dim: int, shape: Shape) -> None:
+        self._pieces = pieces
+        self._dim = dim
+        self.shape = shape
+        self.dtype = pieces[0].dtype
+
+    def numel(self) -> int:
+        """Elements of the whole."""
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return self._pieces[0].element_size()
+
+    def copy_into(self, whole: Tensor) -> None:
+        """Put the pieces together in one pass.
+
+        Args:
+            whole: contiguous, of the whole's shape, on any device.
+        """
+        dims = list(self._pieces[0].shape)
+        dims[self._dim] = -1
+        places = whole.view(dims).split(
+            [piece.shape[self._dim] for piece in self._pieces], self._dim
+        )
+        for place, piece in zip(places, self._pieces, strict=True):
+            place.copy_(piece)
+
+    def whole(self) -> Tensor:
+        """The tensor, contiguous; one piece that is so already is not copied."""
+        if len(self._pieces) == 1 and self._pieces[0].is_contiguous():
+            return self._pieces[0].view(self.shape)
+        whole = self._pieces[0].new_empty(self.shape)
+        self.copy_into(whole)
+        return whole
+
+
 def merge_shards(
     placement: Placement, spec: ModelSpec, shards: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Undo read_shard over all TP ranks: the whole Hugging Face tensors, contiguous.
+) -> dict[str, TensorPieces]:
+    """Undo read_shard over all TP ranks: the whole Hugging Face tensors, as views of the shards.
 
     Args:
         placement: of the parameter.
         spec: the model.
         shards: one a TP rank, in order; for a replicated parameter the first is enough.
     """
-    names = list(placement.hf_shapes)
+    pieces: list[Sequence[Tensor]]
     if placement.kind == "replicated":
-        return {names[0]: shards[0]}
-    if placement.kind == "row":
-        return {names[0]: torch.cat(list(shards), dim=1)}
-    if placement.kind == "vocab":
-        return {names[0]: torch.cat(list(shards))[: spec.vocab_size]}
-    if placement.kind == "gate_up":
-        halves = [shard.chunk(2) for shard in shards]
-        return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(names)}
-    parts = split_qkv(torch.cat(list(shards)), spec.head_dim, spec.heads_per_kv_head)
-    return dict(zip(names, parts, strict=True))
+        pieces = [shards[:1]]
+    elif placement.kind == "vocab":
+        starts = range(0, spec.vocab_size, len(shards[0]))
+        pieces = [[s[: spec.vocab_size - at] for at, s in zip(starts, shards, strict=False)]]
+    elif placement.kind == "gate_up":
+        pieces = list(zip(*(shard.chunk(2) for shard in shards), strict=True))
+    elif placement.kind == "qkv":
+        split = (split_qkv(shard, spec.head_dim, spec.heads_per_kv_head) for shard in shards)
+        pieces = list(zip(*split, strict=True))
+    else:
+        pieces = [shards]
+    dim = 1 if placement.kind == "row" else 0
+    return {
+        name: TensorPieces(parts, dim, shape)
+        for (name, shape), parts in zip(placement.hf_shapes.items(), pieces, strict=True)
+    }

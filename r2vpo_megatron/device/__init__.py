@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 
 from r2vpo_megatron.device.base import Platform, SequenceLayout
+from r2vpo_megatron.device.transfer_group import TransferGroup, TransferGroupError
 
 PLATFORMS = {
     "cpu": "r2vpo_megatron.device.cpu:CpuPlatform",
@@ -30,6 +31,21 @@ def get_platform(name: str = "auto") -> Platform:
     return platform
 
 
+def collective_platform(backend: str) -> Platform:
+    """The platform whose collectives go over this back end: "gloo", "nccl" or "hccl".
+
+    It need not be the one that this process computes on: gloo connects the hosts of any.
+
+    Raises:
+        ValueError: no platform has this back end.
+    """
+    platforms = [get_platform(name) for name in PLATFORMS]
+    by_backend = {platform.collective_backend: platform for platform in platforms}
+    if backend not in by_backend:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(by_backend)}")
+    return by_backend[backend]
+
+
 def _detect() -> str:
     import torch
 
@@ -41,4 +57,12 @@ def _detect() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-__all__ = ["PLATFORMS", "Platform", "SequenceLayout", "get_platform"]
+__all__ = [
+    "PLATFORMS",
+    "Platform",
+    "SequenceLayout",
+    "TransferGroup",
+    "TransferGroupError",
+    "collective_platform",
+    "get_platform",
+]

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from r2vpo_megatron.device.transfer_group import TransferGroup
 
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -152,6 +155,45 @@ class Platform(ABC):
     @abstractmethod
     def empty_cache(self) -> None:
         """Return cached device memory to the system."""
+
+    @abstractmethod
+    def current_device(self) -> torch.device:
+        """The device that this process works on."""
+
+    @abstractmethod
+    def transfer_group(
+        self, store: dist.Store, rank: int, size: int, timeout_seconds: float
+    ) -> TransferGroup:
+        """Join a group beside the default one, over this platform's collective back end.
+
+        Collective: every member must call, with the same store (or clients of one), within
+        `timeout_seconds`. Buffers lie on `current_device()`.
+
+        Args:
+            store: of this group alone (a PrefixStore will do).
+            rank: 0..size-1; 0 sends.
+            size: members.
+            timeout_seconds: for joining, and for each broadcast.
+
+        Raises:
+            RuntimeError: the others did not come.
+        """
+
+    def export_memory(self, tensor: Tensor) -> Any:
+        """What lets another process of this node open a device tensor; it can be pickled.
+
+        Raises:
+            RuntimeError: this platform cannot.
+        """
+        raise RuntimeError(f"platform {self.name}: device memory cannot be shared by handle here")
+
+    def open_memory(self, exported: Any) -> Tensor:
+        """The exporter's memory as a tensor of this process, on its current device.
+
+        Raises:
+            RuntimeError: this platform cannot, or the device does not reach the memory.
+        """
+        raise RuntimeError(f"platform {self.name}: device memory cannot be shared by handle here")
 
     def seed(self, seed: int) -> None:
         """Seed torch's generators on the host and on the device."""

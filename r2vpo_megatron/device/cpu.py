@@ -13,9 +13,11 @@ import sys
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from r2vpo_megatron.device.base import (
@@ -24,6 +26,7 @@ from r2vpo_megatron.device.base import (
     attention_per_sequence,
     tensor_types_named_cuda,
 )
+from r2vpo_megatron.device.transfer_group import TransferGroup
 
 # Modules of megatron-core 0.16.1 that pass device="cuda" or pin_memory=True to a torch factory.
 _MODULES_WITH_CUDA_LITERALS = (
@@ -112,6 +115,19 @@ class CpuPlatform(Platform):
 
     def empty_cache(self) -> None:
         """Nothing is cached."""
+
+    def current_device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def transfer_group(
+        self, store: dist.Store, rank: int, size: int, timeout_seconds: float
+    ) -> TransferGroup:
+        """Gloo, whose interface GLOO_SOCKET_IFNAME chooses. Needs no `prepare`."""
+        # Gloo gives up before the group does: only then does it let go of a broadcast.
+        gloo_timeout = timedelta(seconds=0.8 * timeout_seconds)
+        backend = dist.ProcessGroupGloo(store, rank, size, gloo_timeout)
+        return TransferGroup(backend, timeout_seconds)
 
     @property
     def fuses_adamw(self) -> bool:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from r2vpo_megatron.device.base import Platform, SequenceLayout, attention_per_sequence
+from r2vpo_megatron.device.transfer_group import TransferGroup
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: storage_device, an index
 
 
 class CudaPlatform(Platform):
@@ -84,6 +92,38 @@ class CudaPlatform(Platform):
         """Free cached blocks."""
         torch.cuda.empty_cache()
 
+    def current_device(self) -> torch.device:
+        """The current CUDA device."""
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def transfer_group(
+        self, store: dist.Store, rank: int, size: int, timeout_seconds: float
+    ) -> TransferGroup:
+        """NCCL; a failed broadcast is the caller's to handle, not NCCL's watchdog's."""
+        backend_class: Any = dist.ProcessGroupNCCL
+        options = backend_class.Options()
+        options._timeout = timedelta(seconds=10 * timeout_seconds)
+        with _nccl_errors_left_to_the_caller():
+            backend = backend_class(store, rank, size, options)
+        group = TransferGroup(backend, timeout_seconds)
+        group.check(self.current_device())
+        return group
+
+    def export_memory(self, tensor: Tensor) -> Any:
+        """A CUDA IPC handle; torch keeps the memory until its readers have let go."""
+        rebuild, arguments = reduce_tensor(tensor)
+        if rebuild is not rebuild_cuda_tensor:
+            raise RuntimeError(f"platform cuda: a tensor on {tensor.device} has no IPC handle")
+        return arguments
+
+    def open_memory(self, exported: Any) -> Tensor:
+        """Map the memory; a device other than the exporter's needs peer access to it."""
+        arguments = list(exported)
+        # The exporter's index means nothing here: each worker sees its own devices alone.
+        arguments[_DEVICE_ARGUMENT] = torch.cuda.current_device()
+        tensor: Tensor = rebuild_cuda_tensor(*arguments)
+        return tensor
+
     @property
     def fuses_adamw(self) -> bool:
         """Torch has one for every floating point type."""
@@ -93,6 +133,24 @@ class CudaPlatform(Platform):
         """Host and every CUDA device."""
         torch.manual_seed(seed)
         torch.cuda.manual_seed_all(seed)
+
+
+@contextmanager
+def _nccl_errors_left_to_the_caller() -> Iterator[None]:
+    """Groups made in this block do not end the process when a peer is lost, as is the default.
+
+    ProcessGroupNCCL reads the variable once, when it is made.
+    """
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:

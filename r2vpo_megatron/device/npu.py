@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import uuid
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from r2vpo_megatron.device.base import Platform, SequenceLayout, tensor_types_named_cuda
+from r2vpo_megatron.device.transfer_group import TransferGroup
 
 _MASK_SIDE = 2048  # the size npu_fusion_attention wants of a compressed causal mask
 _RIGHT_DOWN_CAUSAL = 3  # its sparse_mode that is aligned at the last query and key
@@ -105,6 +109,32 @@ class NpuPlatform(Platform):
     def empty_cache(self) -> None:
         """Free cached blocks."""
         _torch_npu().npu.empty_cache()
+
+    def current_device(self) -> torch.device:
+        """The current NPU."""
+        return torch.device("npu", _torch_npu().npu.current_device())
+
+    def transfer_group(
+        self, store: dist.Store, rank: int, size: int, timeout_seconds: float
+    ) -> TransferGroup:
+        """HCCL. Bytes travel as int32, which every HCCL broadcast takes.
+
+        HCCL_CONNECT_TIMEOUT and HCCL_EXEC_TIMEOUT bound what HCCL itself waits for.
+        """
+        _torch_npu()
+        module: Any = importlib.import_module("torch_npu._C._distributed_c10d")
+        backend_class = module.ProcessGroupHCCL
+        options = backend_class.Options()
+        options._timeout = timedelta(seconds=10 * timeout_seconds)
+        options.global_ranks_in_group = []  # not a part of a world
+        # HCCL knows communicators by name, and another group of this process may have the same
+        # ranks. All members must use one name.
+        if rank == 0:
+            store.set("group_id", f"r2vpo-weights-{uuid.uuid4().hex}")
+        options.group_id = store.get("group_id").decode()
+        group = TransferGroup(backend_class(store, rank, size, options), timeout_seconds)
+        group.check(self.current_device())
+        return group
 
     def seed(self, seed: int) -> None:
         """Host and every NPU."""

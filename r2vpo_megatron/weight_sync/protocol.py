@@ -1,23 +1,27 @@
 """The format of a weight push: named tensors in buckets, described apart from their bytes.
 
 A bucket is one flat buffer. Its descriptor (`WeightBucket`) is small, picklable and says where each
-tensor lies in it; the `handle` in the descriptor knows how another process attaches to the buffer.
+tensor lies in it; the `handle` in the descriptor knows how another process comes to the buffer.
 Drivers pass descriptors around; tensor bytes never travel with them.
 """
 
 from __future__ import annotations
 
-import zlib
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from r2vpo_megatron.rollout.engine import WeightUpdateError
+from r2vpo_megatron.checkpoint.layout import TensorPieces
+from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
+from r2vpo_megatron.weight_sync.checksums import begin_digest, bucket_checksum, finish_digests
 
 # Views of any dtype need aligned offsets; a cache line serves every one.
 TENSOR_ALIGNMENT_BYTES = 64
+# What a sender takes: pieces are put together in the bucket, without a copy between.
+SourceTensor = torch.Tensor | TensorPieces
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,51 @@ class TensorMeta:
 class BucketHandle(Protocol):
     """A way to a bucket's buffer that survives pickling."""
 
-    def attach(self) -> Any:
-        """Give the buffer as an object with the buffer interface, without copying it."""
+    def attach(self, link: Any = None) -> Any:
+        """Give the buffer: uint8 [at least num_bytes], or an object with the buffer interface.
+
+        Args:
+            link: what `WeightConnection.join` gave this process, for handles that need it.
+        """
+        ...
+
+
+class WeightConnection(Protocol):
+    """Where a sender and its receivers meet, for back ends that need it. Small and picklable."""
+
+    def join(self, rank: int) -> Any:
+        """Become member `rank` of 1..size-1 (0 is the sender); blocks until all have.
+
+        Returns:
+            The link, for `WeightBucket.open`. Its `end_push()` is called when a push has ended,
+            one way or the other; its `close()` leaves.
+
+        Raises:
+            WeightTransferInterrupted: the others did not come in time.
+        """
         ...
 
 
 class WeightSender(Protocol):
     """The learner's end of a weight push, on the one rank that holds the gathered tensors."""
 
+    @property
+    def needs_connection(self) -> bool:
+        """Whether receivers must join a connection before the first push, and after a loss."""
+        ...
+
+    def offer_connection(self, host: str, size: int, timeout_seconds: float) -> WeightConnection:
+        """Make a meeting place on this host, for this sender and `size` - 1 receivers."""
+        ...
+
+    def join_connection(self) -> None:
+        """Join the place last offered, as the receivers do at the same time."""
+        ...
+
     def buckets(
-        self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]
+        self, version: int, named_tensors: Iterable[tuple[str, SourceTensor]]
     ) -> Iterator[WeightBucket]:
-        """Send tensors bucket by bucket. A bucket lives until the next one is asked for."""
+        """Send tensors bucket by bucket; see `BucketSender.buckets`."""
         ...
 
     @property
@@ -58,7 +95,7 @@ class WeightSender(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what is still held."""
+        """Free what is still held of a push."""
         ...
 
 
@@ -72,7 +109,7 @@ class WeightBucket:
         tensors: what lies in it, in order.
         num_bytes: size of the buffer.
         checksum: see `bucket_checksum`.
-        handle: how to attach to the buffer.
+        handle: how to come to the buffer.
     """
 
     version: int
@@ -87,61 +124,70 @@ class WeightBucket:
         """Hugging Face names of the tensors, in order."""
         return tuple(meta.name for meta in self.tensors)
 
-    def open(self) -> dict[str, torch.Tensor]:
-        """Attach to the bucket and verify it.
+    def open(
+        self, link: Any = None, stage_seconds: dict[str, float] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Come to the bucket's memory, or receive it, and verify it.
+
+        Args:
+            link: what `WeightConnection.join` gave, for back ends that need a connection.
+            stage_seconds: gets "receive" and "verify".
 
         Returns:
-            CPU tensors by name: views of the sender's memory, not copies. Each keeps the bucket's
-            memory alive; drop them when they have been loaded. Treat them as read-only.
+            Tensors by name, in host or device memory as the back end has it. They may be views of
+            the sender's memory: treat them as read-only. Each keeps the bucket's memory alive;
+            drop them when they have been loaded.
 
         Raises:
+            WeightTransferInterrupted: the connection broke.
             WeightUpdateError: the bucket cannot be reached from here, or its bytes are not those
                 that the sender described.
         """
-        flat = torch.frombuffer(self.handle.attach(), dtype=torch.uint8, count=self.num_bytes)
-        checksum = 0
-        tensors: dict[str, torch.Tensor] = {}
-        for meta in self.tensors:
-            data = flat[meta.offset_bytes : meta.offset_bytes + meta.num_bytes]
-            checksum = bucket_checksum(checksum, meta, data)
-            tensors[meta.name] = data.view(dtype_from_name(meta.dtype)).view(meta.shape)
+        start = time.perf_counter()
+        flat = self.handle.attach(link)
+        if not isinstance(flat, torch.Tensor):
+            flat = torch.frombuffer(flat, dtype=torch.uint8, count=self.num_bytes)
+        received = time.perf_counter()
+        parts = [
+            flat[meta.offset_bytes : meta.offset_bytes + meta.num_bytes] for meta in self.tensors
+        ]
+        digests = finish_digests([begin_digest(part) for part in parts])
+        checksum = bucket_checksum(self.tensors, digests)
         if checksum != self.checksum:
             raise WeightUpdateError(
                 f"bucket {self.index} of version {self.version} is damaged: its checksum is "
-                f"{checksum:#010x}, the sender's {self.checksum:#010x}"
+                f"{checksum:#018x}, the sender's {self.checksum:#018x}"
             )
-        return tensors
+        if stage_seconds is not None:
+            stage_seconds |= {
+                "receive": received - start,
+                "verify": time.perf_counter() - received,
+            }
+        return {
+            meta.name: part.view(dtype_from_name(meta.dtype)).view(meta.shape)
+            for meta, part in zip(self.tensors, parts, strict=True)
+        }
 
 
-def bucket_checksum(checksum: int, meta: TensorMeta, data: torch.Tensor) -> int:
-    """Extend the checksum of a bucket by its next tensor; a bucket starts from 0.
-
-    It covers name, shape, dtype and bytes, so that two tensors cannot change places unnoticed.
-
-    Args:
-        checksum: that of the tensors before.
-        meta: description of the tensor.
-        data: its bytes, uint8 [num_bytes] on the CPU.
-    """
-    head = f"{meta.name}:{meta.dtype}:{meta.shape};"
-    return zlib.crc32(data.numpy().data, zlib.crc32(head.encode(), checksum))
-
-
-def describe_tensor(name: str, tensor: torch.Tensor, end_bytes: int) -> TensorMeta:
+def describe_tensor(name: str, tensor: SourceTensor, end_bytes: int) -> TensorMeta:
     """Place a tensor at the first aligned offset from `end_bytes` on."""
-    offset = -(-end_bytes // TENSOR_ALIGNMENT_BYTES) * TENSOR_ALIGNMENT_BYTES
     return TensorMeta(
         name=name,
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
-        offset_bytes=offset,
+        offset_bytes=aligned(end_bytes),
         num_bytes=tensor.numel() * tensor.element_size(),
     )
 
 
+def aligned(num_bytes: int) -> int:
+    """The first aligned offset from `num_bytes` on."""
+    return -(-num_bytes // TENSOR_ALIGNMENT_BYTES) * TENSOR_ALIGNMENT_BYTES
+
+
 def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes in row-major order: uint8 [num_bytes] on the CPU, a view if it can be."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    """The tensor's bytes in row-major order, where it lies: uint8 [num_bytes], a view if it can."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def dtype_from_name(name: str) -> torch.dtype:

@@ -1,35 +1,33 @@
 """Weight pushes through anonymous shared memory, for processes of one host.
 
-Each bucket is a memfd: a file that has no name anywhere. The kernel frees it when the last process
-that holds or maps it is gone, however that process ends, so nothing can be left behind in
-/dev/shm. Receivers open it through /proc/<sender's pid>/fd/<fd> and map it without copying.
+Each bucket is a file that has no name anywhere (see SharedFile), so nothing can be left behind.
+Receivers open it through /proc/<sender's pid>/fd/<fd> and map it without copying.
 
-A finished bucket is sealed against writing, so a receiver may go on reading it (vLLM keeps the
-tensors of a layer that continues in the next bucket) after the sender has let go of it.
+Fresh memory costs more than copying into it (the kernel clears every page, and both sides fault
+each in), so within a push files are filled again and receivers keep their mappings. A receiver
+holds a shared lock (flock) on a file while it has tensors of the bucket (vLLM keeps those of a
+layer that goes on in the next one); a locked file is not filled again. The kernel drops the locks
+of a process that dies.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import mmap
 import os
-import secrets
 import socket
-import time
-from collections.abc import Generator, Iterable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+from r2vpo_megatron.device.host_memory import SharedFile
+from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
+from r2vpo_megatron.weight_sync.device_buffers import BufferWriter
+from r2vpo_megatron.weight_sync.protocol import SourceTensor, aligned
+from r2vpo_megatron.weight_sync.sender import BucketSender, BucketWriter, StageTimes
 
-from r2vpo_megatron.rollout.engine import WeightUpdateError, fold_checksum
-from r2vpo_megatron.weight_sync.protocol import (
-    TensorMeta,
-    WeightBucket,
-    bucket_checksum,
-    describe_tensor,
-    tensor_bytes,
-)
+_KEPT_MAPPINGS = 4  # of a receiver; a sender fills two files in turn, more if some are locked
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,21 @@ class MemfdHandle:
     pid: int
     fd: int
     name: str
-    num_bytes: int
+    capacity_bytes: int
 
-    def attach(self) -> mmap.mmap:
-        """Map the sender's memory.
+    def attach(self, link: Any = None) -> memoryview:
+        """Map the sender's memory, or take the mapping that `link` has.
 
         The mapping is private: writing to it would copy the page and leave the sender's alone.
+
+        Raises:
+            WeightUpdateError: the memory is not reachable from this process.
+        """
+        mapping: _Mapping = link.mapping_of(self) if link is not None else _Mapping(self)
+        return mapping.lease()
+
+    def open(self) -> int:
+        """A file descriptor of this process.
 
         Raises:
             WeightUpdateError: the memory is not reachable from this process.
@@ -56,15 +63,9 @@ class MemfdHandle:
             target = os.readlink(path)
             if target != f"/memfd:{self.name} (deleted)":
                 raise WeightUpdateError(f"{self._unreachable(path)}: it is {target!r}")
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise WeightUpdateError(f"{self._unreachable(path)}: {error.strerror}") from error
-        try:
-            return mmap.mmap(
-                fd, self.num_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )
-        finally:
-            os.close(fd)
 
     def _unreachable(self, path: str) -> str:
         return (
@@ -74,175 +75,152 @@ class MemfdHandle:
         )
 
 
-class _BucketWriter:
-    """A bucket that is being filled."""
+class _Mapping:
+    """A sender's file, mapped; locked as long as a lease of it is alive."""
 
-    def __init__(self, bucket_bytes: int) -> None:
-        self._bucket_bytes = bucket_bytes
-        self._name = f"r2vpo-weights-{secrets.token_hex(8)}"
-        self._fd = os.memfd_create(self._name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self._metas: list[TensorMeta] = []
-        self._end_bytes = 0
-        self._checksum = 0
+    def __init__(self, handle: MemfdHandle) -> None:
+        self._fd = handle.open()
+        weakref.finalize(self, os.close, self._fd)
+        self._memory = mmap.mmap(
+            self._fd,
+            handle.capacity_bytes,
+            flags=mmap.MAP_PRIVATE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+        self._num_leases = 0
 
-    def has_room_for(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor fits; an empty bucket takes one of any size."""
-        meta = describe_tensor("", tensor, self._end_bytes)
-        return not self._metas or meta.offset_bytes + meta.num_bytes <= self._bucket_bytes
+    def lease(self) -> memoryview:
+        """The memory. Tensors made of the view keep it alive, and so the lock."""
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        self._num_leases += 1
+        view = memoryview(self._memory)
+        weakref.finalize(view, self._end_lease).atexit = False
+        return view
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor."""
-        meta = describe_tensor(name, tensor, self._end_bytes)
-        data = tensor_bytes(tensor)
-        view = data.numpy().data
-        written = 0
-        while written < meta.num_bytes:  # one call writes at most 2 GiB
-            written += os.pwrite(self._fd, view[written:], meta.offset_bytes + written)
-        self._checksum = bucket_checksum(self._checksum, meta, data)
-        self._metas.append(meta)
-        self._end_bytes = meta.offset_bytes + meta.num_bytes
-
-    def seal(self, version: int, index: int) -> WeightBucket:
-        """Make the bucket immutable and describe it."""
-        num_bytes = max(self._end_bytes, 1)  # a mapping cannot be empty
-        os.ftruncate(self._fd, num_bytes)
-        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
-        handle = MemfdHandle(socket.gethostname(), os.getpid(), self._fd, self._name, num_bytes)
-        return WeightBucket(version, index, tuple(self._metas), num_bytes, self._checksum, handle)
-
-    def close(self) -> None:
-        """Let go of the memory. May be called again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def _end_lease(self) -> None:
+        self._num_leases -= 1
+        if self._num_leases == 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
 
 
-@dataclass
-class _PushStatistics:
-    """What a push has moved so far, and how long its stages took."""
+class SharedMemoryLink:
+    """A receiver's mappings of the files that a push fills again and again."""
 
-    num_buckets: int = 0
-    num_tensors: int = 0
-    num_bytes: int = 0
-    gather_seconds: float = 0.0
-    write_seconds: float = 0.0
+    def __init__(self) -> None:
+        self._mappings: dict[str, _Mapping] = {}
 
-
-class SharedMemorySender:
-    """Sends weights to processes of the same host; see `WeightSender`.
-
-    At any time it holds one bucket and the tensor that comes next.
-
-    Args:
-        bucket_bytes: size of a bucket; a larger tensor gets a bucket of its own.
-
-    Raises:
-        ValueError: bucket_bytes is not positive.
-    """
-
-    def __init__(self, bucket_bytes: int = 256 << 20) -> None:
-        if bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes={bucket_bytes}: must be at least 1")
-        self._bucket_bytes = bucket_bytes
-        self._push: Generator[WeightBucket, None, None] | None = None
-        self._push_checksum: int | None = None
-        self._statistics = _PushStatistics()
-
-    def buckets(
-        self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[WeightBucket]:
-        """Write tensors to shared memory, bucket by bucket. Ends a push that is still open.
-
-        A bucket is freed when the next one is asked for: by then every receiver must have loaded
-        it. If `named_tensors` gathers from other ranks, each step is as collective as it is.
-
-        Args:
-            version: policy version that the weights are.
-            named_tensors: (Hugging Face name, full tensor on any device); read once, lazily.
-
-        Returns:
-            An iterator of descriptors to pass to the receivers. It raises ValueError where a name
-            comes a second time.
-        """
-        self.close()
-        self._push_checksum = None
-        self._statistics = _PushStatistics()
-        self._push = self._generate(version, self._gathered(named_tensors))
-        return self._push
-
-    @property
-    def push_checksum(self) -> int:
-        """Checksum of the last push, for the receivers' `finish_weight_update`.
+    def mapping_of(self, handle: MemfdHandle) -> _Mapping:
+        """The mapping of this bucket's file.
 
         Raises:
-            WeightUpdateError: no push has been sent to its end.
+            WeightUpdateError: the memory is not reachable from this process.
         """
-        if self._push_checksum is None:
-            raise WeightUpdateError("no complete push: ask for buckets until there are no more")
-        return self._push_checksum
+        if handle.name not in self._mappings:
+            if len(self._mappings) == _KEPT_MAPPINGS:
+                self.end_push()
+            self._mappings[handle.name] = _Mapping(handle)
+        return self._mappings[handle.name]
 
-    def metrics(self) -> dict[str, float]:
-        """Sizes (bytes, counts) and stage times (seconds) of the last push."""
-        return {
-            f"weight_sync/{name}": float(value)
-            for name, value in dataclasses.asdict(self._statistics).items()
-        }
+    def end_push(self) -> None:
+        """Let go of the files; memory that tensors still use stays until they are gone."""
+        self._mappings.clear()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.end_push()
+
+
+@dataclass(frozen=True)
+class SharedMemoryConnection:
+    """Nothing to meet at: a bucket says itself where it is. Gives receivers their links."""
+
+    def join(self, rank: int) -> SharedMemoryLink:
+        """See `WeightConnection.join`; waits for nobody."""
+        return SharedMemoryLink()
+
+
+def is_free(file: SharedFile) -> bool:
+    """Whether no receiver has tensors of what is in it."""
+    try:
+        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(file.fd, fcntl.LOCK_UN)
+    return True
+
+
+class _MemfdWriter(BufferWriter):
+    """A bucket in a file without a name."""
+
+    def __init__(
+        self,
+        bucket_bytes: int,
+        file: SharedFile,
+        times: StageTimes,
+        give_back: Callable[[SharedFile], None],
+    ) -> None:
+        super().__init__(bucket_bytes, file.buffer, times)
+        self._file: SharedFile | None = file
+        self._give_back = give_back
+
+    def _publish(self, num_bytes: int) -> MemfdHandle:
+        file = self._file
+        assert file is not None, "the bucket has been released"
+        return MemfdHandle(
+            socket.gethostname(), os.getpid(), file.fd, file.name, file.capacity_bytes
+        )
+
+    def finish(self) -> None:
+        """Nothing to wait for: a file is filled again only when no receiver has tensors of it."""
+
+    def release(self) -> None:
+        """Give the file back. May be called again."""
+        super().release()
+        file, self._file = self._file, None
+        if file is not None:
+            self._give_back(file)
+
+
+class SharedMemorySender(BucketSender):
+    """Sends weights to processes of the same host; see `BucketSender`.
+
+    Receivers may do without the connection, at the price of mapping each bucket anew.
+    """
+
+    needs_connection = True
+
+    def __init__(self, bucket_bytes: int = 256 << 20) -> None:
+        super().__init__(bucket_bytes)
+        self._spare: list[SharedFile] = []
+
+    def offer_connection(
+        self, host: str, size: int, timeout_seconds: float
+    ) -> SharedMemoryConnection:
+        """What gives receivers their links; nothing is opened."""
+        return SharedMemoryConnection()
+
+    def join_connection(self) -> None:
+        """Nothing to join."""
 
     def close(self) -> None:
         """End the open push, if any, and free its memory. The sender can be used again."""
-        if self._push is not None:
-            self._push.close()
-            self._push = None
+        super().close()
+        while self._spare:
+            self._spare.pop().close()
 
-    def _generate(
-        self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Generator[WeightBucket, None, None]:
-        writer = None
-        push_checksum = 0
-        try:
-            for name, tensor in named_tensors:
-                if writer is not None and not writer.has_room_for(tensor):
-                    bucket = self._publish(writer, version)
-                    push_checksum = fold_checksum(push_checksum, bucket.index, bucket.checksum)
-                    yield bucket
-                    writer.close()
-                    writer = None
-                if writer is None:
-                    writer = _BucketWriter(self._bucket_bytes)
-                self._write(writer, name, tensor)
-            if writer is not None:
-                bucket = self._publish(writer, version)
-                push_checksum = fold_checksum(push_checksum, bucket.index, bucket.checksum)
-                yield bucket
-            self._push_checksum = push_checksum
-        finally:
-            if writer is not None:
-                writer.close()
+    def _new_writer(self, first: SourceTensor) -> BucketWriter:
+        num_bytes = aligned(max(self._bucket_bytes, first.numel() * first.element_size()))
+        spare = (f for f in self._spare if f.capacity_bytes >= num_bytes and is_free(f))
+        file = next(spare, None)
+        if file is None:
+            file = SharedFile(num_bytes)
+        else:
+            self._spare.remove(file)
+        return _MemfdWriter(self._bucket_bytes, file, self._times, self._keep)
 
-    def _gathered(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass the tensors on, each name once, and take the time that their source needs."""
-        names: set[str] = set()
-        start = time.perf_counter()
-        for name, tensor in named_tensors:
-            self._statistics.gather_seconds += time.perf_counter() - start
-            if name in names:
-                raise ValueError(f"tensor name {name!r} comes twice in one push")
-            names.add(name)
-            yield name, tensor
-            start = time.perf_counter()
-        self._statistics.gather_seconds += time.perf_counter() - start
-
-    def _write(self, writer: _BucketWriter, name: str, tensor: torch.Tensor) -> None:
-        start = time.perf_counter()
-        writer.write(name, tensor)
-        self._statistics.num_tensors += 1
-        self._statistics.num_bytes += tensor.numel() * tensor.element_size()
-        self._statistics.write_seconds += time.perf_counter() - start
-
-    def _publish(self, writer: _BucketWriter, version: int) -> WeightBucket:
-        bucket = writer.seal(version, self._statistics.num_buckets)
-        self._statistics.num_buckets += 1
-        return bucket
+    def _keep(self, file: SharedFile) -> None:
+        # A file for an outsized tensor is not kept: two of it might be.
+        if file.capacity_bytes == aligned(self._bucket_bytes):
+            self._spare.append(file)
+        else:
+            file.close()

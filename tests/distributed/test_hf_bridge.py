@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 from r2vpo_megatron.checkpoint.hf_bridge import iterate_hf_weights, load_hf_weights
 from r2vpo_megatron.checkpoint.safetensors_io import save_hf_checkpoint
 from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.device.host_memory import MemoryLane
 from r2vpo_megatron.models.pipeline import layers_of_chunks
 from r2vpo_megatron.models.spec import padded_vocab_size, read_model_spec
 from r2vpo_megatron.parallel.state import destroy_parallel, initialize_parallel
@@ -104,9 +108,11 @@ def _round_trip(
     return streams
 
 
-def _assert_round_trip(grid: Grid, folders: dict[str, Path]) -> None:
+def _assert_round_trip(
+    grid: Grid, folders: dict[str, Path], on_rank: Callable[..., dict[str, Stream]] = _round_trip
+) -> None:
     world_size = grid.tensor * grid.pipeline * grid.data
-    by_rank: list[dict[str, Stream]] = run_ranks(world_size, _round_trip, grid, folders)
+    by_rank: list[dict[str, Stream]] = run_ranks(world_size, on_rank, grid, folders)
     for name, folder in folders.items():
         source = load_file(folder / "model.safetensors")
         stream = by_rank[0][name]
@@ -122,6 +128,51 @@ def _assert_round_trip(grid: Grid, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_round_trip_is_bit_exact(grid: Grid, folders: dict[str, Path]) -> None:
     _assert_round_trip(grid, folders)
+
+
+def _round_trip_between_hosts(
+    rank: int, world_size: int, init_method: str, grid: Grid, folders: dict[str, Path]
+) -> dict[str, Stream]:
+    def is_elsewhere(address: str) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    with patch("r2vpo_megatron.checkpoint.shard_gather.reach_lane", is_elsewhere):
+        return _round_trip(rank, world_size, init_method, grid, folders)
+
+
+def test_round_trip_where_ranks_share_no_memory(folders: dict[str, Path]) -> None:
+    some = {name: folders[name] for name in ("pangu-untied", "pangu-tied-bfloat16")}
+    _assert_round_trip(GRIDS["tp2"], some, _round_trip_between_hosts)
+
+
+def _bits_in_pieces(rank: int, world_size: int, init_method: str, folder: Path) -> list[Any]:
+    """What a sender does: each tensor is copied to its place before the next is asked for."""
+    from r2vpo_megatron.models.build import build_model
+
+    platform, spec = get_platform("cpu"), read_model_spec(folder)
+    state = initialize_parallel(
+        platform, rank=rank, world_size=world_size, tensor=2, init_method=init_method
+    )
+    chunks = build_model(spec, state, platform)
+    load_hf_weights(chunks, spec, state, folder)
+    copies: list[Any] = []
+    # Every shard takes the place of the one before.
+    with patch.object(MemoryLane, "_has_room", lambda lane, tensor: False):
+        for name, pieces in iterate_hf_weights(chunks, spec, state).in_pieces():
+            if pieces is not None:
+                place = torch.empty(pieces.shape, dtype=pieces.dtype)
+                pieces.copy_into(place)
+                copies.append((name, place))
+    destroy_parallel()
+    return copies
+
+
+def test_pieces_hold_until_the_next_tensor(folders: dict[str, Path]) -> None:
+    copies, nothing = run_ranks(2, _bits_in_pieces, folders["pangu-untied"])
+    source = load_file(folders["pangu-untied"] / "model.safetensors")
+    assert sorted(name for name, _ in copies) == sorted(source) and nothing == []
+    for name, tensor in copies:
+        assert torch.equal(tensor, source[name]), name
 
 
 def test_round_trip_of_uneven_interleaved_chunks(tmp_path: Path) -> None:

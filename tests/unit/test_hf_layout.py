@@ -47,7 +47,7 @@ def test_qkv_rows_are_interleaved_per_kv_head() -> None:
     fused = interleave_qkv(query, key, value, head_dim=1)
     assert fused.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     parts = split_qkv(fused, head_dim=1, heads_per_kv_head=2)
-    assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [10, 11], [20, 21]]
+    assert [part.flatten().tolist() for part in parts] == [[0, 1, 2, 3], [10, 11], [20, 21]]
 
 
 def test_gate_and_up_alternate_by_rank_and_columns_are_cut() -> None:
@@ -80,8 +80,14 @@ def test_shards_merge_to_the_source(tensor_size: int, tmp_path: Path) -> None:
                 for rank in range(tensor_size)
             ]
             assert {s.shape for s in shards} == {shard_shape(placement, SPEC, tensor_size)}
-            for name, tensor in merge_shards(placement, SPEC, shards).items():
-                assert torch.equal(tensor, source[name]), name
+            for name, pieces in merge_shards(placement, SPEC, shards).items():
+                whole = source[name]
+                assert (pieces.shape, pieces.dtype) == (tuple(whole.shape), whole.dtype)
+                assert (pieces.numel(), pieces.element_size()) == (whole.numel(), 4)
+                assert torch.equal(pieces.whole(), whole) and pieces.whole().is_contiguous(), name
+                place = torch.full(whole.shape, float("nan"))
+                pieces.copy_into(place)
+                assert torch.equal(place, whole), name
 
 
 def reference(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Weight pushes through shared memory, and the rules by which an engine accepts them."""
+"""Weight pushes through shared memory: every bit arrives, and no memory is left."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r2vpo_megatron.rollout.engine import WeightUpdateError, WeightUpdateTracker, fold_checksum
+from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
 from r2vpo_megatron.weight_sync import BACKENDS, SharedMemorySender
 from r2vpo_megatron.weight_sync.protocol import TENSOR_ALIGNMENT_BYTES, TensorMeta, WeightBucket
+from r2vpo_megatron.weight_sync.shared_memory import is_free
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 NAMED_TENSORS = [
@@ -41,10 +43,10 @@ def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
 
 def memfd_count() -> int:
     """Buckets that this process holds open."""
-    links = []
+    links = set()  # a mapping holds another descriptor of the same file
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            links.append(os.readlink(entry))
+            links.add(os.readlink(entry))
         except FileNotFoundError:  # the descriptor of the listing itself
             continue
     return sum(link.startswith("/memfd:r2vpo-weights-") for link in links)
@@ -125,21 +127,34 @@ def test_another_process_receives_every_bit(bucket_bytes: int) -> None:
     assert received == [(name, bits(tensor)) for name, tensor in NAMED_TENSORS]
 
 
-def test_a_writing_call_that_writes_only_a_part_is_continued(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
-    sender = SharedMemorySender()
-    (bucket,) = (bucket.open() for bucket in sender.buckets(1, NAMED_TENSORS))
-    assert bits(bucket["matrix"]) == bits(NAMED_TENSORS[0][1])
+def test_two_buckets_are_held_and_none_after_the_push_is_closed() -> None:
+    held_while_gathering = []
 
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for named_tensor in NAMED_TENSORS:
+            held_while_gathering.append(memfd_count())
+            yield named_tensor
 
-def test_at_most_one_bucket_is_held_and_none_after_the_push() -> None:
     sender = SharedMemorySender(bucket_bytes=1)
-    held = [memfd_count() for _ in sender.buckets(1, NAMED_TENSORS)]
-    assert held == [1] * len(NAMED_TENSORS)
+    held = [memfd_count() for _ in sender.buckets(1, gathered())]
+    # Asked for a bucket, the sender keeps the one that receivers may be loading.
+    assert held == [1] + [2] * (len(NAMED_TENSORS) - 1)
+    assert max(held_while_gathering) == 2
+    assert sender.push_checksum > 0
+    sender.close()
     assert memfd_count() == 0
+
+
+def test_the_last_bucket_can_be_opened_after_the_end_was_asked_for() -> None:
+    sender = SharedMemorySender(bucket_bytes=1)
+    buckets = sender.buckets(1, NAMED_TENSORS)
+    given = [next(buckets) for _ in NAMED_TENSORS]
+    assert next(buckets, None) is None
+    name, tensor = NAMED_TENSORS[-1]
+    assert bits(given[-1].open()[name]) == bits(tensor)
+    with pytest.raises(WeightUpdateError):
+        given[-3].open()
+    sender.close()
 
 
 @pytest.mark.parametrize("end", ["close", "error", "new push"])
@@ -163,6 +178,7 @@ def test_a_push_given_up_half_way_frees_its_bucket(end: str) -> None:
         assert list(buckets) == []  # the old iterator is at its end and frees nothing of the new
         assert memfd_count() == 1
         assert len(list(new)) == len(NAMED_TENSORS) - 1
+    sender.close()
     assert memfd_count() == 0
     if end != "new push":
         with pytest.raises(WeightUpdateError, match="no complete push"):
@@ -171,12 +187,12 @@ def test_a_push_given_up_half_way_frees_its_bucket(end: str) -> None:
 
 def test_received_tensors_outlive_the_senders_bucket_and_free_it_when_dropped() -> None:
     sender = SharedMemorySender(bucket_bytes=1)
-    buckets = sender.buckets(1, NAMED_TENSORS)
-    bucket = next(buckets)
+    bucket = next(sender.buckets(1, NAMED_TENSORS))
     kept = bucket.open()["matrix"]
-    list(buckets)
+    sender.close()
     with pytest.raises(WeightUpdateError):  # the sender has let go of it
         bucket.open()
+    gc.collect()
     assert mapping_count() == 1
     assert bits(kept) == bits(NAMED_TENSORS[0][1])
     del kept
@@ -184,13 +200,58 @@ def test_received_tensors_outlive_the_senders_bucket_and_free_it_when_dropped() 
     assert mapping_count() == 0
 
 
+@pytest.mark.parametrize("connected", [False, True])
+def test_memory_is_filled_again_unless_a_receiver_still_has_tensors_of_it(connected: bool) -> None:
+    sender = SharedMemorySender(bucket_bytes=4096)
+    link = sender.offer_connection("", 2, 1.0).join(1) if connected else None
+    tensors = [(f"t{i}", torch.full((1000,), float(i))) for i in range(9)]
+    files, kept = [], {}
+    for index, bucket in enumerate(sender.buckets(1, tensors)):
+        files.append(bucket.handle.fd)  # type: ignore[attr-defined]
+        opened = bucket.open(link)
+        if index == 2:
+            kept = opened
+        del opened
+    assert len(set(files[:4])) == 2 and files[0] == files[2]  # two files, in turn
+    assert files[2] not in files[3:]  # while its tensors are kept
+    assert len(set(files)) == 3
+    assert torch.equal(kept["t2"], tensors[2][1])
+    kept.clear()
+    files = [bucket.handle.fd for bucket in sender.buckets(2, tensors)]  # type: ignore[attr-defined]
+    assert len(set(files)) == 2
+    if link is not None:
+        link.end_push()
+    sender.close()
+
+
+def test_a_receiver_that_dies_does_not_keep_memory_from_being_filled() -> None:
+    context = multiprocessing.get_context("fork")
+    sender = SharedMemorySender(bucket_bytes=1)
+    buckets = sender.buckets(1, NAMED_TENSORS)
+    bucket = next(buckets)
+    ready, child_ready = context.Pipe(duplex=False)
+
+    def keep_open() -> None:
+        kept = bucket.open()
+        child_ready.send(len(kept))
+        signal.pause()
+
+    process = context.Process(target=keep_open, daemon=True)
+    process.start()
+    assert ready.poll(30)
+    file = sender._sent[0]._file  # type: ignore[attr-defined]
+    assert not is_free(file)
+    process.kill()
+    process.join(30)
+    assert is_free(file)
+    sender.close()
+
+
 def test_a_receiver_cannot_change_what_others_receive() -> None:
     sender = SharedMemorySender()
     bucket = next(sender.buckets(1, NAMED_TENSORS))
     bucket.open()["matrix"].zero_()
     assert bits(bucket.open()["matrix"]) == bits(NAMED_TENSORS[0][1])
-    with pytest.raises(PermissionError):  # sealed, for the sender too
-        os.pwrite(bucket.handle.fd, b"x", 0)  # type: ignore[attr-defined]
     sender.close()
 
 
@@ -236,7 +297,7 @@ class BytesHandle:
 
     data: bytearray
 
-    def attach(self) -> bytearray:
+    def attach(self, link: object = None) -> bytearray:
         return self.data
 
 
@@ -244,12 +305,13 @@ def plain_bucket(*names: str, version: int = 1, index: int = 0) -> WeightBucket:
     """A bucket of one int32 per name, at offsets 0, 64, ...; its checksum by hand."""
     data = bytearray(64 * len(names))
     metas = []
-    checksum = 0
+    described = ""
     for i, name in enumerate(names):
         data[64 * i : 64 * i + 4] = (i + 1).to_bytes(4, "little")
         metas.append(TensorMeta(name, (1,), "int32", 64 * i, 4))
-        checksum = zlib.crc32(f"{name}:int32:(1,);".encode(), checksum)
-        checksum = zlib.crc32((i + 1).to_bytes(4, "little"), checksum)
+        digest = xxhash.xxh3_64_intdigest((i + 1).to_bytes(4, "little"))
+        described += f"{name}:int32:(1,):{digest:016x};"
+    checksum = xxhash.xxh3_64_intdigest(described.encode())
     return WeightBucket(version, index, tuple(metas), len(data), checksum, BytesHandle(data))
 
 
@@ -290,85 +352,3 @@ def test_a_repeated_name_and_a_bad_size_are_refused() -> None:
         list(sender.buckets(1, [NAMED_TENSORS[0], NAMED_TENSORS[0]]))
     with pytest.raises(ValueError, match="bucket_bytes=0"):
         BACKENDS["shared_memory"](0)
-
-
-# --- the rules of a push -----------------------------------------------------------------------
-
-
-def push(tracker: WeightUpdateTracker, version: int, *buckets: WeightBucket) -> int:
-    """Begin a push and receive buckets; returns the checksum that the sender would give."""
-    tracker.begin(version)
-    checksum = 0
-    for bucket in buckets:
-        tracker.expect(bucket)
-        tracker.accept(bucket)
-        checksum = fold_checksum(checksum, bucket.index, bucket.checksum)
-    return checksum
-
-
-def test_a_complete_push_becomes_the_served_policy() -> None:
-    tracker = WeightUpdateTracker(0, frozenset("abc"))
-    tracker.require_complete()
-    checksum = push(
-        tracker, 4, plain_bucket("a", "b", version=4), plain_bucket("c", version=4, index=1)
-    )
-    assert tracker.policy_version == 0
-    with pytest.raises(WeightUpdateError, match="version 4 is not finished: 2 buckets"):
-        tracker.require_complete()
-    tracker.require_finishable(4, checksum)
-    tracker.commit()
-    tracker.require_complete()
-    assert tracker.policy_version == 4
-
-
-def test_a_bucket_of_another_version_index_or_content_is_refused() -> None:
-    tracker = WeightUpdateTracker(0, frozenset("abc"))
-    with pytest.raises(WeightUpdateError, match="no weight push is open"):
-        tracker.expect(plain_bucket("a"))
-    push(tracker, 2, plain_bucket("a", version=2))
-    for bucket, message in [
-        (plain_bucket("b", version=1, index=1), "version 1 offered while version 2"),
-        (plain_bucket("b", version=2, index=0), "bucket 0 .* where bucket 1 was due"),
-        (plain_bucket("b", version=2, index=2), "bucket 2 .* where bucket 1 was due"),
-        (plain_bucket("a", version=2, index=1), "pushed twice: a"),
-        (plain_bucket("z", version=2, index=1), "unknown to the checkpoint: z"),
-    ]:
-        with pytest.raises(WeightUpdateError, match=message):
-            tracker.expect(bucket)
-
-
-def test_an_incomplete_or_different_push_cannot_be_finished() -> None:
-    tracker = WeightUpdateTracker(0, frozenset("abc"))
-    checksum = push(tracker, 1, plain_bucket("a", "b"))
-    with pytest.raises(WeightUpdateError, match="lacks 1 of 3 tensors: c"):
-        tracker.require_finishable(1, checksum)
-    with pytest.raises(WeightUpdateError, match="checksum"):
-        tracker.require_finishable(1, checksum ^ 1)
-    with pytest.raises(WeightUpdateError, match="version 2 offered while version 1"):
-        tracker.require_finishable(2, checksum)
-
-
-def test_a_failed_push_blocks_until_a_new_one_is_complete() -> None:
-    tracker = WeightUpdateTracker(0)
-    checksum = push(tracker, 1, plain_bucket("a"))
-    tracker.fail("the learner died")
-    tracker.fail("aborted")  # what follows from the first failure does not hide it
-    for refused in [
-        tracker.require_complete,
-        lambda: tracker.expect(plain_bucket("b", index=1)),
-        lambda: tracker.require_finishable(1, checksum),
-    ]:
-        with pytest.raises(WeightUpdateError, match="the learner died"):
-            refused()
-    checksum = push(tracker, 1, plain_bucket("a"))
-    tracker.require_finishable(1, checksum)
-    tracker.commit()
-    tracker.require_complete()
-
-
-def test_an_older_version_is_refused_and_leaves_the_engine_serving() -> None:
-    tracker = WeightUpdateTracker(7)
-    with pytest.raises(WeightUpdateError, match=r"version 6 refused.* serves version 7"):
-        tracker.begin(6)
-    tracker.fail("no push is open: nothing fails")
-    tracker.require_complete()

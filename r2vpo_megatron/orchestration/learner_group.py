@@ -1,0 +1,176 @@
+"""The driver's handle on the learner's ranks.
+
+Each method is one step of the loop: it calls all ranks at once, waits with a deadline and returns
+plain values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.data.packing import pack_trajectories, packing_statistics
+from r2vpo_megatron.orchestration.cluster import wait_for
+from r2vpo_megatron.orchestration.learner_worker import LearnerWorker
+from r2vpo_megatron.orchestration.placement import actor_options
+from r2vpo_megatron.records import FloatArray, Trajectory
+from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
+from r2vpo_megatron.weight_sync.protocol import WeightBucket, WeightConnection
+
+
+class LearnerGroup:
+    """All Megatron ranks of the learner."""
+
+    def __init__(self, config: RunConfig, model_dir: Path) -> None:
+        """Create the ranks' processes; `begin_start` builds the model in them."""
+        self._config = config
+        self._timeout = config.runtime.timeout_seconds
+        threads = {"OMP_NUM_THREADS": str(config.parallel.threads_per_rank)}
+        worker = ray.remote(LearnerWorker)
+        self._ranks = [
+            worker.options(**actor_options(config, threads)).remote(config, model_dir, rank)
+            for rank in range(config.parallel.num_ranks)
+        ]
+        self._starts: list[Any] = []
+        self._data_ranks: list[int] = []
+        self._asked: Any = None  # the bucket asked for last, a reference
+        self._joined: list[Any] = []  # the other ranks' part of the open weight push
+        self.connected_members: tuple[str, ...] = ()  # engines that rank 0's connection has
+
+    def begin_start(self) -> list[Any]:
+        """Begin building the model in every rank; references to wait for."""
+        init_method = ray.get(self._ranks[0].rendezvous_address.remote(), timeout=self._timeout)
+        self._starts = [rank.start.remote(init_method) for rank in self._ranks]
+        return self._starts
+
+    def finish_start(self) -> None:
+        """Wait until every rank is ready, and learn which batches it wants."""
+        self._data_ranks = ray.get(self._starts, timeout=self._timeout)
+
+    def node_id(self) -> str:
+        """The node of rank 0, which sends the weights."""
+        return str(ray.get(self._ranks[0].node_id.remote(), timeout=self._timeout))
+
+    def memory_metrics(self) -> dict[str, float]:
+        """Resident memory of the rank that holds most, as `memory/learner_bytes`."""
+        sizes = [rank.resident_bytes.remote() for rank in self._ranks]
+        return {"memory/learner_bytes": float(max(ray.get(sizes, timeout=self._timeout)))}
+
+    def compute_logprobs(
+        self, trajectories: Sequence[Trajectory], temperature: float | None = None
+    ) -> dict[str, FloatArray]:
+        """sample id -> [R] fp32 log-probs of the current weights.
+
+        Args:
+            trajectories: whose responses; sample ids are unique.
+            temperature: that logits are divided by; None for that of sampling.
+        """
+        parts, _ = self._call_with_batches("compute_logprobs", trajectories, temperature)
+        return {sample_id: logprobs for part in parts for sample_id, logprobs in part.items()}
+
+    def update(
+        self, trajectories: Sequence[Trajectory], ratio_penalty: float, policy_version: int
+    ) -> dict[str, float]:
+        """One optimizer step on these samples; its metrics.
+
+        Args:
+            trajectories: of one mini-batch; the same sample may occur more than once.
+            ratio_penalty: lambda of this update.
+            policy_version: of the last push; the statistics by staleness count from it.
+        """
+        results, packing = self._call_with_batches(
+            "update", trajectories, ratio_penalty, policy_version
+        )
+        return {**results[0], **packing}
+
+    def save_hf(self, output_dir: Path) -> None:
+        """Write the weights as a Hugging Face checkpoint."""
+        ray.get([rank.save_hf.remote(output_dir) for rank in self._ranks], timeout=self._timeout)
+
+    def offer_weight_connection(self, size: int) -> WeightConnection | None:
+        """Where receivers can meet rank 0; None if the back end needs no connection.
+
+        Args:
+            size: members, rank 0 included.
+        """
+        # Half of what an engine has to answer: those that wait in vain for one that hangs must not
+        # themselves be taken for hanging.
+        timeout_seconds = self._config.rollout.hang_seconds / 2
+        offered = self._ranks[0].offer_weight_connection.remote(size, timeout_seconds)
+        connection: WeightConnection | None = ray.get(offered, timeout=self._timeout)
+        return connection
+
+    def begin_joining(self) -> Any:
+        """Let rank 0 join its connection; a reference for `finish_joining`."""
+        return self._ranks[0].join_weight_connection.remote()
+
+    def finish_joining(self, reference: Any) -> None:
+        """Wait until rank 0 has joined.
+
+        Raises:
+            WeightTransferInterrupted: the receivers did not come.
+        """
+        ray.get(reference, timeout=self._timeout)
+
+    def begin_weight_push(self, version: int) -> None:
+        """Let all ranks begin to gather the weights, as `version`."""
+        writer, *others = self._ranks
+        self._joined = [rank.join_weight_push.remote() for rank in others]
+        wait_for(writer.open_weight_push.remote(version), self._joined, self._timeout)
+
+    def ask_for_bucket(self) -> Any:
+        """Ask for the next bucket; a reference for `await_bucket`.
+
+        It says that the receivers have loaded all buckets but the last that was given.
+        """
+        self._asked = self._ranks[0].next_weight_bucket.remote()
+        return self._asked
+
+    def await_bucket(self, reference: Any) -> WeightBucket | None:
+        """The bucket; None at the end.
+
+        Raises:
+            WeightTransferInterrupted: a receiver has gone, and the connection with it.
+        """
+        bucket: WeightBucket | None = wait_for(reference, self._joined, self._timeout)
+        return bucket
+
+    def finish_weight_push(self) -> tuple[int, dict[str, float]]:
+        """The push's checksum, and its sizes and stage times on rank 0."""
+        closed = self._ranks[0].close_weight_push.remote()
+        result: tuple[int, dict[str, float]] = wait_for(closed, self._joined, self._timeout)
+        ray.get(self._joined, timeout=self._timeout)
+        return result
+
+    def abandon_weight_push(self) -> None:
+        """Give up the open push; all ranks are in step again afterwards."""
+        with contextlib.suppress(WeightUpdateError):  # Ray reports errors that nobody has seen
+            wait_for(self._asked, self._joined, self._timeout)
+        wait_for(self._ranks[0].abandon_weight_push.remote(), self._joined, self._timeout)
+        ray.get(self._joined, timeout=self._timeout)
+
+    def _call_with_batches(
+        self, method: str, trajectories: Sequence[Trajectory], *args: Any
+    ) -> tuple[list[Any], dict[str, float]]:
+        """Every rank's result of a method that takes micro-batches, and how they were packed."""
+        parallel = self._config.parallel
+        batches = pack_trajectories(
+            trajectories,
+            max_tokens_per_micro_batch=parallel.max_tokens_per_micro_batch,
+            num_data_parallel_ranks=parallel.data,
+            pad_to_multiple_of=parallel.tokens_multiple,
+        )
+        stored = [ray.put(rank_batches) for rank_batches in batches]
+        results: list[Any] = ray.get(
+            [
+                getattr(rank, method).remote(stored[data_rank], *args)
+                for rank, data_rank in zip(self._ranks, self._data_ranks, strict=True)
+            ],
+            timeout=self._timeout,
+        )
+        return results, packing_statistics(batches, parallel.max_tokens_per_micro_batch)
