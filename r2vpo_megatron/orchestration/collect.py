@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.chat import ChatTokenizer
-from r2vpo_megatron.orchestration.groups import LearnerGroup, RolloutGroup
-from r2vpo_megatron.orchestration.iteration_metrics import Metrics, logprob_gap
+from r2vpo_megatron.data.prompts import PromptStream
+from r2vpo_megatron.orchestration.group_schedule import Group, GroupSchedule
+from r2vpo_megatron.orchestration.iteration_metrics import Metrics
+from r2vpo_megatron.orchestration.learner_group import LearnerGroup
+from r2vpo_megatron.orchestration.logprob_gap import LogprobGap, gap_of_samples
+from r2vpo_megatron.orchestration.parity import compare_responses
+from r2vpo_megatron.orchestration.rollout_pool import RolloutPool
 from r2vpo_megatron.orchestration.scoring import score_generations
 from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory
 from r2vpo_megatron.rewards import RewardFunction, RewardResult
@@ -19,56 +25,104 @@ from r2vpo_megatron.rollout.sampling import SamplingSettings
 
 
 @dataclass(frozen=True)
+class Collected:
+    """What one iteration adds to the replay buffer."""
+
+    trajectories: list[Trajectory]
+    metrics: Metrics
+    gap: LogprobGap  # between engines and learner, where both had the same weights
+
+
+@dataclass
 class Collector:
-    """Turns prompts into scored trajectories that carry log pi_off."""
+    """Keeps rollouts under way and turns them into scored trajectories that carry log pi_off."""
 
     config: RunConfig
     tokenizer: ChatTokenizer
     reward: RewardFunction
-    rollout: RolloutGroup
+    prompts: PromptStream[Prompt]
+    rollout: RolloutPool
     learner: LearnerGroup
+    schedule: GroupSchedule = field(init=False)
+    _newest: list[Trajectory] = field(init=False, default_factory=list)  # a few of the last ones
 
-    def collect(
-        self, prompts: Sequence[Prompt], iteration: int
-    ) -> tuple[list[Trajectory], Metrics]:
-        """Sample G responses to each prompt, score them and attach advantages and log pi_off.
+    def __post_init__(self) -> None:
+        self.schedule = GroupSchedule(self.config)
 
-        The learner's log-probs of these samples are always computed, before any update: they
-        are the behaviour log-probs (`algorithm.behavior_logprobs: learner`) or show how far the
-        engine's are off.
+    def collect(self, iteration: int) -> Collected:
+        """Wait for the responses of an iteration, score them and attach advantages and log pi_off.
+
+        Before it waits it starts what may run meanwhile: the iteration's own groups, and in
+        asynchronous mode those of the next ones, which engines sample while this one is learned.
 
         Args:
-            prompts: of this iteration.
-            iteration: 1, 2, ...; part of every sample id and seed.
+            iteration: 1, 2, ...; it is learned from the weights of version `iteration` - 1.
         """
-        num_responses = self.config.train.responses_per_prompt
-        requests = [
-            GenerationRequest(
-                sample_id=f"{iteration:06d}.{index:05d}.{response:03d}",
-                prompt_token_ids=prompt.token_ids,
-                seed=_request_seed(self.config.train.seed, iteration, index, response),
-            )
-            for index, prompt in enumerate(prompts)
-            for response in range(num_responses)
-        ]
-        generations = self.rollout.generate(requests, self._sampling())
-        # Weights are pushed as version `iteration` at the end of each, 0 being the checkpoint.
-        assert {generation.policy_version for generation in generations} == {iteration - 1}
-        repeated = [prompt for prompt in prompts for _ in range(num_responses)]
+        gap_before = self._compare_while_idle()
+        self._start_groups(iteration)
+        start = time.perf_counter()
+        groups = self.rollout.wait_for(lambda finished: self.schedule.choose(iteration, finished))
+        waited = time.perf_counter() - start
+        self.schedule.remove(groups)
+        generations = self.rollout.take([name for group in groups for name in group.sample_ids])
+        prompts = [group.prompt for group in groups for _ in group.sample_ids]
         texts = [self.tokenizer.decode_response(generation.token_ids) for generation in generations]
-        results, scoring = score_generations(self.config, self.reward, repeated, generations, texts)
+        results, scoring = score_generations(self.config, self.reward, prompts, generations, texts)
+        size = self.config.train.responses_per_prompt
         trajectories = [
             trajectory
-            for start in range(0, len(requests), num_responses)
-            for trajectory in self._group(
-                repeated[start : start + num_responses],
-                generations[start : start + num_responses],
-                results[start : start + num_responses],
+            for start_, group in zip(range(0, len(generations), size), groups, strict=True)
+            for trajectory in self._trajectories(
+                group,
+                generations[start_ : start_ + size],
+                results[start_ : start_ + size],
                 iteration,
             )
         ]
-        trajectories, gap = self._with_behavior_logprobs(trajectories)
-        return trajectories, scoring | _response_metrics(generations) | gap
+        trajectories, gap = self._with_behavior_logprobs(trajectories, iteration - 1)
+        self._newest = trajectories[: self.config.runtime.parity_samples]
+        metrics = {
+            **scoring,
+            **_response_metrics(generations),
+            **_staleness_metrics(trajectories, iteration - 1),
+            **self.schedule.metrics(),
+            "time/wait_rollout_seconds": waited,
+        }
+        return Collected(trajectories, metrics, LogprobGap(gap_before.sequences + gap.sequences))
+
+    def _compare_while_idle(self) -> LogprobGap:
+        """Let engines that have run ahead of the learner and out of work score a few responses.
+
+        What comes in next was then sampled by weights that the learner has left, and says nothing
+        of how far both are apart. Engines that are busy are not made to wait for a comparison, nor
+        the learner for them: tokens that they sample now can be compared.
+        """
+        if self.config.pipeline.mode == "synchronous" or not self.rollout.is_idle:
+            return LogprobGap()
+        # Scoring takes the place of one more token.
+        longest = self.config.max_sequence_tokens - 1
+        fitting = [sample for sample in self._newest if sample.num_tokens <= longest]
+        return compare_responses(self.learner, self.rollout, fitting)
+
+    def _start_groups(self, iteration: int) -> None:
+        """Hand the engines what may be under way while this iteration is waited for."""
+        size, seed = self.config.train.responses_per_prompt, self.config.train.seed
+        batch_size = self.config.train.prompts_per_iteration
+        requests = []
+        for prompt in self.prompts.take(self.schedule.num_startable(iteration)):
+            batch, index = divmod(self.schedule.num_started, batch_size)
+            group = [
+                GenerationRequest(
+                    sample_id=f"{batch + 1:06d}.{index:05d}.{response:03d}",
+                    prompt_token_ids=prompt.token_ids,
+                    seed=_request_seed(seed, batch + 1, index, response),
+                )
+                for response in range(size)
+            ]
+            names = tuple(request.sample_id for request in group)
+            self.schedule.start(prompt, names, iteration)
+            requests += group
+        self.rollout.submit(requests, self._sampling())
 
     def _sampling(self) -> SamplingSettings:
         rollout = self.config.rollout
@@ -80,9 +134,9 @@ class Collector:
             top_k=rollout.top_k,
         )
 
-    def _group(
+    def _trajectories(
         self,
-        prompts: Sequence[Prompt],
+        group: Group,
         generations: Sequence[Generation],
         results: Sequence[RewardResult],
         iteration: int,
@@ -96,38 +150,43 @@ class Collector:
             Trajectory(
                 sample_id=generation.sample_id,
                 group_id=generation.sample_id.rpartition(".")[0],
-                prompt_token_ids=prompt.token_ids,
+                prompt_token_ids=group.prompt.token_ids,
                 response_token_ids=generation.token_ids,
                 behavior_logprobs=generation.rollout_logprobs,
                 rollout_logprobs=generation.rollout_logprobs,
                 reward=result.score,
                 advantage=advantage,
                 finish_reason=generation.finish_reason,
-                policy_version=generation.policy_version,
+                policy_versions=generation.policy_versions,
                 iteration=iteration,
             )
-            for prompt, generation, result, advantage in zip(
-                prompts, generations, results, advantages, strict=True
-            )
+            for generation, result, advantage in zip(generations, results, advantages, strict=True)
         ]
 
     def _with_behavior_logprobs(
-        self, trajectories: list[Trajectory]
-    ) -> tuple[list[Trajectory], Metrics]:
-        """Attach the learner's log-probs where they are the denominator; report the gap."""
-        computed = self.learner.compute_logprobs(trajectories)
-        metrics = logprob_gap(trajectories, computed)
+        self, trajectories: list[Trajectory], version: int
+    ) -> tuple[list[Trajectory], LogprobGap]:
+        """Attach the learner's log-probs where they are the denominator; measure the gap.
+
+        The learner's log-probs are compared with what the engines reported, token by token, where
+        it still has the weights that sampled the token. If they are not needed for anything else,
+        they are computed for a few samples only.
+        """
         if self.config.algorithm.behavior_logprobs == "rollout":
-            return trajectories, metrics
+            current = [t for t in trajectories if (t.policy_versions == version).any()]
+            probe = current[: self.config.runtime.parity_samples]
+            computed = self.learner.compute_logprobs(probe) if probe else {}
+            return trajectories, gap_of_samples(probe, computed, version)
+        computed = self.learner.compute_logprobs(trajectories)
         return [
             replace(trajectory, behavior_logprobs=computed[trajectory.sample_id])
             for trajectory in trajectories
-        ], metrics
+        ], gap_of_samples(trajectories, computed, version)
 
 
-def _request_seed(seed: int, iteration: int, index: int, response: int) -> int:
+def _request_seed(seed: int, batch: int, index: int, response: int) -> int:
     """A 32-bit seed of one response, whatever engine samples it and when."""
-    return int(np.random.SeedSequence([seed, iteration, index, response]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, batch, index, response]).generate_state(1)[0])
 
 
 def _response_metrics(generations: Sequence[Generation]) -> Metrics:
@@ -139,4 +198,16 @@ def _response_metrics(generations: Sequence[Generation]) -> Metrics:
         "response/max_tokens": float(max(lengths)),
         "response/truncated_fraction": float(np.mean(truncated)),
         "response/num_tokens": float(sum(lengths)),
+    }
+
+
+def _staleness_metrics(trajectories: Sequence[Trajectory], version: int) -> Metrics:
+    """How many versions behind the learner the new tokens are, and how many responses mix some."""
+    versions = [sample.policy_versions for sample in trajectories if sample.policy_versions.size]
+    staleness = version - np.concatenate(versions)
+    assert staleness.min() >= 0, f"a token of a version after {version}"
+    return {
+        "pipeline/staleness_mean": float(staleness.mean()),
+        "pipeline/staleness_max": float(staleness.max()),
+        "pipeline/mixed_fraction": float(np.mean([v[0] != v[-1] for v in versions])),
     }

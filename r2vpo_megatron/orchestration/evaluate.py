@@ -17,7 +17,8 @@ from r2vpo_megatron.observability import collect_provenance
 from r2vpo_megatron.observability.work_progress import WorkProgress
 from r2vpo_megatron.orchestration.cluster import ray_session
 from r2vpo_megatron.orchestration.evaluation_inputs import PreparedEvaluation
-from r2vpo_megatron.orchestration.groups import RolloutGroup, needed_resources
+from r2vpo_megatron.orchestration.placement import needed_resources
+from r2vpo_megatron.orchestration.rollout_pool import RolloutPool
 
 START_UP = "(start-up)"  # of the engines, beside the benchmarks' times; no benchmark's name
 
@@ -46,11 +47,12 @@ def _make_remaining(prepared: PreparedEvaluation) -> None:
         rollout.max_num_seqs,
         options.chunk_responses,
     )
-    with _engines(prepared.config, prepared.model.folder) as group:
+    with _engines(prepared.config, prepared.model.folder) as pool:
         prepared.log.append_seconds({START_UP: round(time.monotonic() - started, 6)})
         with WorkProgress(evaluation.totals, evaluation.done) as progress:
+            pool.on_event = progress.message
             evaluation.run(
-                group,
+                pool,
                 options.sampling(rollout.max_response_tokens, prepared.tokenizer.stop_token_ids),
                 Judge(prepared.tokenizer.decode_response, prepared.reward),
                 progress,
@@ -59,15 +61,16 @@ def _make_remaining(prepared: PreparedEvaluation) -> None:
 
 
 @contextmanager
-def _engines(config: RunConfig, model_dir: Path) -> Iterator[RolloutGroup]:
+def _engines(config: RunConfig, model_dir: Path) -> Iterator[RolloutPool]:
     """The engines, ready; gone, with their Ray, however the block ends."""
     with ray_session(config, needed_resources(config, with_learner=False)):
-        group = RolloutGroup(config, model_dir)
+        pool = RolloutPool(config, model_dir)
         try:
-            ray.get(group.begin_start(), timeout=config.runtime.timeout_seconds)
-            yield group
+            ray.get(pool.begin_start(), timeout=config.runtime.timeout_seconds)
+            pool.finish_start()
+            yield pool
         finally:
-            group.stop()
+            pool.stop()
 
 
 def _describe(prepared: PreparedEvaluation) -> str:

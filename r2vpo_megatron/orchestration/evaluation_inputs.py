@@ -14,8 +14,7 @@ from typing import Any
 
 from r2vpo_megatron.checkpoint.megatron_keys import open_checkpoint
 from r2vpo_megatron.checkpoint.tensor_check import check_tensors, entries_of
-from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.config.sections import ModelConfig, RolloutConfig, RuntimeConfig, TrainConfig
+from r2vpo_megatron.config import ModelConfig, RolloutConfig, RunConfig, RuntimeConfig, TrainConfig
 from r2vpo_megatron.conversion.folder_lock import take_lock
 from r2vpo_megatron.data.chat import ChatTokenizer
 from r2vpo_megatron.data.chat_templates import Message
@@ -225,7 +224,7 @@ def _default_response_tokens(room: int) -> int:
 def _engine_config(
     options: EvaluationOptions, model: ModelFolder, device: str, lengths: tuple[int, int]
 ) -> RunConfig:
-    """What `RolloutGroup` reads of a run's configuration; the rest stays as it is."""
+    """What `RolloutPool` reads of a run's configuration; the rest stays as it is."""
     max_prompt_tokens, max_response_tokens = lengths
     return RunConfig(
         model=ModelConfig(path=str(model.folder), dtype=options.dtype),

@@ -11,7 +11,7 @@ from pathlib import Path
 from r2vpo_megatron.checkpoint.megatron_keys import open_checkpoint
 from r2vpo_megatron.checkpoint.tensor_check import check_tensors, entries_of
 from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.config.sections import require, require_choice
+from r2vpo_megatron.config.checks import require, require_choice
 from r2vpo_megatron.data.chat import CHAT_TEMPLATES, ChatTokenizer, tokenize_prompts
 from r2vpo_megatron.data.prompts import load_prompts
 from r2vpo_megatron.device import get_platform
@@ -23,7 +23,7 @@ from r2vpo_megatron.rewards.preflight import check_answer_form
 from r2vpo_megatron.rl.aggregation import AGGREGATIONS
 from r2vpo_megatron.rl.objectives import OBJECTIVES
 from r2vpo_megatron.testbed.tiny_model import ensure_tiny_model
-from r2vpo_megatron.weight_sync import BACKENDS
+from r2vpo_megatron.weight_sync import backends_for
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     _require_packages(config)
     require_choice("algorithm.objective", config.algorithm.objective, OBJECTIVES)
     require_choice("algorithm.aggregation", config.algorithm.aggregation, AGGREGATIONS)
-    require_choice("weight_sync.backend", config.weight_sync.backend, BACKENDS)
     require_choice("data.chat_template", config.data.chat_template, CHAT_TEMPLATES)
     for name in config.algorithm.format_check_names:
         require_choice("algorithm.format_checks", name, FORMAT_CHECKS)
@@ -69,6 +68,7 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     # Workers have other working directories, and may see other devices than the driver.
     device = get_platform(config.runtime.device).name
     config = replace(config, runtime=replace(config.runtime, device=device))
+    require_choice("weight_sync.backend", config.weight_sync.backend, backends_for(device))
     model_dir, train_path, held_out_path = _find_inputs(config)
     spec = read_model_spec(model_dir)
     config = _check_weights(config, spec)

@@ -14,22 +14,30 @@
 Algorithm 1 (on-policy): replay of 1 iteration, UTD 1: each response is used once, then dropped.
 Algorithm 2 (off-policy): replay of 4 iterations, UTD 2: each response is used twice on average,
 by policies up to 3 iterations younger. Nothing below tells the two apart; configuration does.
+
+Nor whether rollout and learner take turns. The engines sample by themselves, in `rollout`;
+`collect` starts what they may be doing meanwhile and waits for what is to be learned now.
+
+    synchronous     rollout 1 | learn 1 | push | rollout 2 | learn 2 | push | ...
+    asynchronous    rollout 1 | rollout 2 ........ | rollout 3 ........ | ...
+                              | learn 1     | push | learn 2     | push | ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from r2vpo_megatron.config import AlgorithmConfig, RunConfig
-from r2vpo_megatron.data.prompts import PromptStream
 from r2vpo_megatron.evaluation.held_out import HeldOutSet
 from r2vpo_megatron.observability import StageTimers
 from r2vpo_megatron.orchestration.collect import Collector
-from r2vpo_megatron.orchestration.groups import LearnerGroup, RolloutGroup
 from r2vpo_megatron.orchestration.iteration_metrics import Metrics, merge_updates, throughput
+from r2vpo_megatron.orchestration.learner_group import LearnerGroup
+from r2vpo_megatron.orchestration.logprob_gap import LogprobGap
+from r2vpo_megatron.orchestration.rollout_pool import RolloutPool
 from r2vpo_megatron.orchestration.step_gate import check_first_update
-from r2vpo_megatron.records import Prompt, Trajectory
+from r2vpo_megatron.orchestration.weight_push import push_weights
 from r2vpo_megatron.replay import ReplayBuffer
 from r2vpo_megatron.rl.dual import DualSettings, DualVariable
 
@@ -38,8 +46,7 @@ from r2vpo_megatron.rl.dual import DualSettings, DualVariable
 class Ring:
     """The parts that the loop turns; `orchestration.run` makes them."""
 
-    prompts: PromptStream[Prompt]
-    rollout: RolloutGroup
+    rollout: RolloutPool
     collector: Collector
     replay: ReplayBuffer
     learner: LearnerGroup
@@ -51,33 +58,38 @@ def train(
     ring: Ring,
     timers: StageTimers,
     on_update: Callable[[int, Metrics], None],
-) -> Iterator[Metrics]:
+) -> Iterator[tuple[Metrics, LogprobGap]]:
     """Run all iterations; yields each one's metrics once its weights are on the engines.
 
+    With them comes how far the engines' log-probs were from the learner's, sample by sample.
     `on_update` gets the number, from 1 on, and the metrics of every optimizer step.
     """
-    algorithm, batch_size = config.algorithm, config.train.mini_batch_samples
+    algorithm = config.algorithm
     dual = make_dual(algorithm)  # lambda
     has_penalty = algorithm.objective == "r2vpo"
     is_first_update = True
 
     for iteration in range(1, config.train.num_iterations + 1):
-        # Sample G responses per prompt from pi_off, score them, and keep log pi_off.
+        # G responses per prompt, sampled from pi_off: score them, and keep log pi_off.
         with timers.stage("collect"):
-            trajectories, metrics = ring.collector.collect(ring.prompts.next_batch(), iteration)
-            ring.replay.add(iteration, trajectories)
+            collected = ring.collector.collect(iteration)
+            ring.replay.add(iteration, collected.trajectories)
+            metrics = collected.metrics | collected.gap.metrics()
 
         # Update on uniform mini-batches of the buffer; lambda follows E[(rho - 1)^2].
         updates: list[Metrics] = []
         with timers.stage("learn"):
-            samples = ring.replay.sample(
-                config.updates_per_iteration * batch_size,
+            mini_batches = ring.replay.mini_batches(
+                config.updates_in_iteration(iteration),
+                config.train.mini_batch_samples,
                 with_replacement=config.replay.with_replacement,
             )
-            for mini_batch in _mini_batches(
-                samples, batch_size, algorithm.filter_zero_advantage_groups
-            ):
-                update = ring.learner.update(mini_batch, dual.value)
+            for mini_batch in mini_batches:
+                if algorithm.filter_zero_advantage_groups:
+                    mini_batch = [sample for sample in mini_batch if sample.advantage != 0.0]
+                if not mini_batch:
+                    continue
+                update = ring.learner.update(mini_batch, dual.value, policy_version=iteration - 1)
                 if is_first_update:
                     check_first_update(update, config)
                     is_first_update = False
@@ -85,16 +97,17 @@ def train(
                 dual.step(update["ratio/second_moment"])
                 on_update(dual.num_updates, updates[-1] | {"iteration": iteration})
 
-        # The engines sample the next iteration from the new weights.
+        # The engines go on with the new weights.
         with timers.stage("push"):
-            metrics |= ring.learner.push_weights(ring.rollout, version=iteration)
+            metrics |= push_weights(ring.learner, ring.rollout, version=iteration)
 
         if ring.held_out is not None and _is_due(iteration, config):
             with timers.stage("evaluate"):
                 metrics |= ring.held_out.evaluate(ring.rollout)
 
-        metrics |= merge_updates(updates) | ring.replay.metrics() | timers.metrics(reset=True)
-        yield {"iteration": iteration, **metrics, **throughput(metrics)}
+        metrics |= merge_updates(updates) | ring.replay.metrics() | ring.rollout.metrics()
+        metrics |= timers.metrics(reset=True)
+        yield {"iteration": iteration, **metrics, **throughput(metrics)}, collected.gap
 
 
 def make_dual(algorithm: AlgorithmConfig) -> DualVariable:
@@ -107,20 +120,6 @@ def make_dual(algorithm: AlgorithmConfig) -> DualVariable:
         maximum=algorithm.ratio_penalty_max,
     )
     return DualVariable(algorithm.dual_controller, algorithm.ratio_penalty, settings)
-
-
-def _mini_batches(
-    samples: Sequence[Trajectory], size: int, filter_zero_advantage: bool
-) -> Iterator[list[Trajectory]]:
-    """Consecutive mini-batches; one that the filter leaves empty is skipped."""
-    for start in range(0, len(samples), size):
-        mini_batch = [
-            sample
-            for sample in samples[start : start + size]
-            if sample.advantage != 0.0 or not filter_zero_advantage
-        ]
-        if mini_batch:
-            yield mini_batch
 
 
 def _is_due(iteration: int, config: RunConfig) -> bool:

@@ -1,9 +1,4 @@
-"""The whole ring as a user runs it: driver, Ray, two Megatron ranks, a vLLM engine.
-
-Each test starts the command line in a process of its own, marked by an environment variable
-that all its descendants inherit, and afterwards looks for any process with that mark and for new
-shared-memory segments.
-"""
+"""The whole ring as a user runs it: driver, Ray, two Megatron ranks, a vLLM engine."""
 
 from __future__ import annotations
 
@@ -15,148 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from r2vpo_megatron.rollout.vllm_engine import engine_environment
-from r2vpo_megatron.testbed.tiny_model import make_tiny_model
-
-REPO = Path(__file__).resolve().parents[2]
-MARK = "R2VPO_TEST_MARK"
-SMALL = {
-    "train.num-iterations": "2",
-    "train.prompts-per-iteration": "6",
-    "train.responses-per-prompt": "4",
-    "train.mini-batch-samples": "12",
-    "rollout.max-response-tokens": "12",
-    "rollout.max-num-seqs": "32",
-    "rollout.kv-cache-bytes": str(16 << 20),
-    "evaluation.num-prompts": "4",
-    "evaluation.every-iterations": "1",
-    "weight-sync.bucket-bytes": str(1 << 20),
-}
-
-
-@pytest.fixture(scope="module", params=["untied"])
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "pangu"
-    make_tiny_model(folder, "pangu", tied=request.param == "tied", warm_start=False)
-    return folder
-
-
-@dataclass
-class Run:
-    """A command line run under way, and what must be gone when it ends."""
-
-    command: list[str]
-    folder: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    def __post_init__(self) -> None:
-        self.segments_before = set(os.listdir("/dev/shm"))
-        self.output = (self.folder / "output.txt").open("w+")
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=REPO,
-            env={**os.environ, MARK: self.mark},
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # as a terminal does: Ctrl-C reaches this group alone
-        )
-
-    def text(self) -> str:
-        self.output.seek(0)
-        return self.output.read()
-
-    def wait_for(self, text: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.text():
-            assert self.process.poll() is None, f"ended before {text!r}:\n{self.text()}"
-            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s:\n{self.text()}"
-            time.sleep(0.1)
-
-    def workers(self, name: str) -> list[int]:
-        """Process ids of the run's Ray actors of this class, by their titles."""
-        return sorted(
-            pid for pid, title in marked_processes(self.mark).items() if f"ray::{name}" in title
-        )
-
-    def clean_up(self) -> None:
-        """End what is left of it, whatever a test made of it."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        for pid in marked_processes(self.mark):
-            os.kill(pid, signal.SIGKILL)
-        self.output.close()
-
-    def assert_nothing_left(self, seconds: float = 30.0) -> None:
-        """Ray's daemons may take a moment to go once the driver has."""
-        deadline = time.monotonic() + seconds
-        while left := (
-            list(marked_processes(self.mark).items()) + orphaned_segments(self.segments_before)
-        ):
-            assert time.monotonic() < deadline, f"still there: {left}"
-            time.sleep(0.2)
-
-
-def marked_processes(mark: str) -> dict[int, str]:
-    """Live processes whose environment holds the mark, zombies not counted."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode()[:200]
-        except OSError:
-            continue  # it ended meanwhile, or is a zombie or another user's
-    return found
-
-
-def orphaned_segments(known: set[str]) -> list[str]:
-    """New segments in /dev/shm that no live process has mapped; others' may come and go."""
-    new = set(os.listdir("/dev/shm")) - known
-    for maps in Path("/proc").glob("[0-9]*/maps") if new else ():
-        try:
-            text = maps.read_text()
-        except OSError:
-            continue  # it ended meanwhile
-        new -= {name for name in new if f"/dev/shm/{name}\n" in text}
-    return sorted(new)
-
-
-@pytest.fixture
-def start(tiny_model: Path, tmp_path: Path) -> Iterator:
-    runs: list[Run] = []
-
-    def start_run(recipe: str, **overrides: str) -> Run:
-        fields = {
-            **SMALL,
-            "model.testbed": "",
-            "model.path": str(tiny_model),
-            "data.train-prompts": str(tiny_model / "train.jsonl"),
-            "data.held-out-prompts": str(tiny_model / "held_out.jsonl"),
-            "data.reward": "tests.end_to_end.parity_reward:reward",
-            "output.dir": str(tmp_path),
-            "output.run-name": "run",
-            **overrides,
-        }
-        arguments = [part for name, value in fields.items() for part in (f"--{name}", value)]
-        command = [sys.executable, "-m", "r2vpo_megatron.cli.train"]
-        runs.append(Run([*command, f"recipes/tiny_cpu.py:{recipe}", *arguments], tmp_path))
-        return runs[-1]
-
-    yield start_run
-    for run in runs:
-        run.clean_up()
+from r2vpo_megatron.rollout.engine_settings import engine_environment
+from tests.end_to_end.ring_runs import REPO, read_iterations
 
 
 @pytest.mark.parametrize(
@@ -171,7 +32,7 @@ def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
     run.assert_nothing_left()
     folder = tmp_path / "run"
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_iterations(folder)
     assert [line["iteration"] for line in lines] == [0, 1, 2]
     for line in lines[1:]:
         assert line["updates/num"] == updates
@@ -182,6 +43,7 @@ def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
         assert line["weight_sync/num_tensors"] == len(load_file(tiny_model / "model.safetensors"))
     assert lines[2]["replay/age_mean"] == age
     assert lines[0]["evaluation/accuracy_greedy"] >= 0
+    assert lines[0]["rollout/tokens_per_second"] > 0  # of the first evaluation
     assert lines[2]["evaluation/accuracy_greedy"] >= 0
     assert 0 < lines[1]["ratio/second_moment"] < 1  # the updates moved it, off an exact 1
 
@@ -204,7 +66,7 @@ def test_a_dual_controller_moves_lambda_on_the_engines_logprobs(start, tmp_path)
         },
     )
     assert run.process.wait(timeout=240) == 0, run.text()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    lines = read_iterations(tmp_path / "run")
     # Nothing comes near this target: each update lowers lambda by exp(-0.1), the largest step.
     # The eighth update used what seven had left.
     assert lines[2]["ratio/penalty"] == pytest.approx(0.04 * math.exp(-0.1 * 7), rel=1e-3)
@@ -354,11 +216,15 @@ def test_an_exception_in_the_learner_ends_the_run(start, tmp_path):
 @pytest.mark.parametrize("worker", ["LearnerWorker", "RolloutWorker"])
 def test_a_killed_worker_ends_the_run(start, worker):
     """The other learner rank waits in a collective that never ends; the run must not."""
-    run = start("r2vpo_off_policy", **{"train.num-iterations": "1000"})
+    fields = {"train.num-iterations": "1000", "rollout.max-restarts": "0"}
+    run = start("r2vpo_off_policy", **fields)
     run.wait_for("iteration 1/1000", seconds=240)
     os.kill(run.workers(worker)[-1], signal.SIGKILL)
     assert run.process.wait(timeout=120) == 1, run.text()
     assert "error: the run failed: " in run.text()
+    if worker == "RolloutWorker":
+        assert "engine 0 was lost" in run.text()
+        assert "rollout.max_restarts = 0" in run.text()
     assert "Traceback" not in run.text()
     run.assert_nothing_left()
 
@@ -367,5 +233,5 @@ def test_two_engines_and_two_data_parallel_ranks(start, tmp_path):
     run = start("r2vpo_off_policy", **{"rollout.num-engines": "2", "parallel.data": "2"})
     assert run.process.wait(timeout=280) == 0, run.text()
     run.assert_nothing_left()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    lines = read_iterations(tmp_path / "run")
     assert lines[2]["logprob_gap/max"] < 1e-3  # both engines have the pushed weights

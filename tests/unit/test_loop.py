@@ -12,12 +12,14 @@ import pytest
 from r2vpo_megatron.config import (
     AlgorithmConfig,
     ModelConfig,
+    PipelineConfig,
     ReplayConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
 )
 from r2vpo_megatron.observability import StageTimers
+from r2vpo_megatron.orchestration import loop
 from r2vpo_megatron.orchestration.collect import Collector
 from r2vpo_megatron.orchestration.loop import Ring, make_dual, train
 from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory
@@ -31,18 +33,43 @@ PROMPTS = [Prompt(f"p{index}", (index + 1,), "") for index in range(2)]
 
 
 class FakeRollout:
-    def generate(self, requests: Sequence[GenerationRequest], _: Any) -> list[Generation]:
-        generations = []
+    """Answers at once, with the version that it was last pushed."""
+
+    is_idle = False
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.finished: dict[str, Generation] = {}
+        self.submitted: list[tuple[int, str]] = []
+
+    def submit(self, requests: Sequence[GenerationRequest], _: Any) -> None:
         for request in requests:
-            iteration, group, response = map(int, request.sample_id.split("."))
+            self.submitted.append((self.version, request.sample_id))
+            _iteration, group, response = map(int, request.sample_id.split("."))
             length = LENGTHS[group][response]
             # The first token says whether it is right; see `reward`.
             tokens = (int(RIGHT[group][response]),) * length
-            logprobs = np.full(length, -1.0, dtype=np.float32)
-            generations.append(
-                Generation(request.sample_id, tokens, logprobs, "stop", iteration - 1)
+            self.finished[request.sample_id] = Generation(
+                request.sample_id,
+                tokens,
+                np.full(length, -1.0, dtype=np.float32),
+                "stop",
+                np.full(length, self.version),
             )
-        return generations
+
+    def wait_for(self, condition: Any) -> Any:
+        result = condition(self.finished)
+        assert result is not None
+        return result
+
+    def take(self, sample_ids: Sequence[str]) -> list[Generation]:
+        return [self.finished.pop(sample_id) for sample_id in sample_ids]
+
+    def score_on_each(self, token_id_lists: Sequence[Sequence[int]]) -> list[list[Any]]:
+        return [[np.full(len(ids) - 1, -1.0) for ids in token_id_lists]]
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 class FakeTokenizer:
@@ -64,26 +91,32 @@ class FakeLearner:
     moments: Sequence[float] = (0.0,)
     mini_batches: list[list[Trajectory]] = field(default_factory=list)
     penalties: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
-    def compute_logprobs(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    def compute_logprobs(
+        self, trajectories: Sequence[Trajectory], temperature: float | None = None
+    ) -> dict[str, Any]:
         return {t.sample_id: np.full(len(t.response_token_ids), -1.0) for t in trajectories}
 
-    def update(self, mini_batch: list[Trajectory], ratio_penalty: float) -> dict[str, float]:
+    def update(
+        self, mini_batch: list[Trajectory], ratio_penalty: float, policy_version: int
+    ) -> dict[str, float]:
         moment = self.moments[len(self.penalties) % len(self.moments)]
         self.mini_batches.append(mini_batch)
         self.penalties.append(ratio_penalty)
+        self.versions.append(policy_version)
         return {"ratio/second_moment": moment, "ratio/max": 1.0, "ratio/min": 1.0}
 
-    def push_weights(self, _: Any, version: int) -> dict[str, float]:
-        return {}
 
-
-def make_config(mini_batch_samples: int = 8, **algorithm: Any) -> RunConfig:
+def make_config(
+    mini_batch_samples: int = 8, pipeline: PipelineConfig | None = None, **algorithm: Any
+) -> RunConfig:
     config = RunConfig(
         model=ModelConfig(testbed="pangu"),
         rollout=RolloutConfig(max_prompt_tokens=4, max_response_tokens=10),
         algorithm=AlgorithmConfig(**algorithm),
         replay=ReplayConfig(capacity_iterations=1, update_to_data=1.0),
+        pipeline=pipeline or PipelineConfig(),
         train=TrainConfig(
             num_iterations=2,
             prompts_per_iteration=2,
@@ -96,30 +129,42 @@ def make_config(mini_batch_samples: int = 8, **algorithm: Any) -> RunConfig:
 
 
 class AllPrompts:
-    def next_batch(self) -> list[Prompt]:
-        return PROMPTS
+    def take(self, count: int) -> list[Prompt]:
+        return (PROMPTS * count)[:count]
+
+
+@pytest.fixture(autouse=True)
+def push(monkeypatch: pytest.MonkeyPatch) -> None:
+    def push_weights(_: Any, rollout: FakeRollout, version: int) -> dict[str, float]:
+        rollout.version = version
+        return {}
+
+    monkeypatch.setattr(loop, "push_weights", push_weights)
 
 
 def run_loop(
-    config: RunConfig, learner: FakeLearner, judge: RewardFunction = reward
+    config: RunConfig,
+    learner: FakeLearner,
+    judge: RewardFunction = reward,
+    rollout: Any = None,
 ) -> tuple[list[Any], list[Any]]:
     """Every iteration's metrics, and every update's number and metrics."""
-    rollout: Any = FakeRollout()
+    rollout = rollout or FakeRollout()
     tokenizer: Any = FakeTokenizer()
     acting: Any = learner
     prompts: Any = AllPrompts()
     ring = Ring(
-        prompts=prompts,
         rollout=rollout,
-        collector=Collector(config, tokenizer, judge, rollout, acting),
+        collector=Collector(config, tokenizer, judge, prompts, rollout, acting),
         replay=ReplayBuffer(config.replay.capacity_iterations, seed=0),
         learner=acting,
         held_out=None,
     )
     updates: list[Any] = []
-    metrics = list(
-        train(config, ring, StageTimers(), lambda number, update: updates.append((number, update)))
+    turns = train(
+        config, ring, StageTimers(), lambda number, update: updates.append((number, update))
     )
+    metrics = [record for record, _ in turns]
     return metrics, updates
 
 
@@ -230,3 +275,98 @@ def test_what_the_grader_gave_up_on_is_counted() -> None:
     assert metrics[0]["reward/grader_failures"] == 2.0
     assert metrics[0]["reward/grader_failures/timeout"] == 2.0
     assert "reward/grader_failures/memory" not in metrics[0]
+
+
+def test_in_turn_every_sample_is_of_the_weights_that_it_is_learned_from() -> None:
+    learner, rollout = FakeLearner(), FakeRollout()
+    metrics, _ = run_loop(make_config(), learner, rollout=rollout)
+    assert [version for version, _ in rollout.submitted] == [0] * 8 + [1] * 8
+    assert learner.versions == [0, 1]
+    assert [record["pipeline/staleness_max"] for record in metrics] == [0.0, 0.0]
+    assert [record["logprob_gap/max"] for record in metrics] == [0.0, 0.0]
+    for mini_batch, version in zip(learner.mini_batches, (0, 1), strict=True):
+        assert {v for sample in mini_batch for v in sample.policy_versions} == {version}
+
+
+def test_side_by_side_the_next_iteration_is_under_way_while_one_is_learned() -> None:
+    learner, rollout = FakeLearner(), FakeRollout()
+    pipeline = PipelineConfig(mode="asynchronous", max_staleness=1)
+    config = make_config(pipeline=pipeline, behavior_logprobs="rollout")
+    metrics, _ = run_loop(config, learner, rollout=rollout)
+    # All 16 are begun before anything is learned; the second half is one version old by then.
+    assert [version for version, _ in rollout.submitted] == [0] * 16
+    assert [record["pipeline/staleness_max"] for record in metrics] == [0.0, 1.0]
+    assert [record["pipeline/groups_under_way"] for record in metrics] == [2.0, 0.0]
+    iterations = [{s.iteration for s in mini_batch} for mini_batch in learner.mini_batches]
+    assert iterations == [{1}, {2}]
+    names = [{s.sample_id[:6] for s in mini_batch} for mini_batch in learner.mini_batches]
+    assert names == [{"000001"}, {"000002"}]
+    assert {v for sample in learner.mini_batches[1] for v in sample.policy_versions} == {0}
+
+
+def test_ids_and_seeds_do_not_depend_on_the_pipeline() -> None:
+    def requests(config: RunConfig) -> dict[str, int]:
+        seen: dict[str, int] = {}
+
+        class Recording(FakeRollout):
+            def submit(self, requests: Sequence[GenerationRequest], sampling: Any) -> None:
+                seen.update({request.sample_id: request.seed for request in requests})
+                super().submit(requests, sampling)
+
+        run_loop(config, FakeLearner(), rollout=Recording())
+        return seen
+
+    pipeline = PipelineConfig(mode="asynchronous", max_staleness=1)
+    in_turn = requests(make_config())
+    assert requests(make_config(pipeline=pipeline, behavior_logprobs="rollout")) == in_turn
+    assert len(set(in_turn.values())) == 16
+
+
+@dataclass
+class ScoringRollout(FakeRollout):
+    """Idle or not as told; notes what it is to score."""
+
+    is_idle: bool
+    scored: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def score_on_each(self, token_id_lists: Sequence[Sequence[int]]) -> list[list[Any]]:
+        self.scored.append([len(token_ids) for token_ids in token_id_lists])
+        return super().score_on_each(token_id_lists)
+
+
+SIDE_BY_SIDE = PipelineConfig(mode="asynchronous", max_staleness=1)
+
+
+def test_engines_that_have_run_out_of_work_score_a_few_of_the_last_responses_again() -> None:
+    # One token of prompt and responses of 3, 10, 8, 5 and 2: the second fills the engine to the
+    # end, and scoring takes the place of one more token.
+    config = make_config(pipeline=SIDE_BY_SIDE, behavior_logprobs="rollout")
+    config = replace(config, rollout=replace(config.rollout, max_prompt_tokens=1))
+    rollout = ScoringRollout(is_idle=True)
+    metrics, _ = run_loop(config, FakeLearner(), rollout=rollout)
+    assert rollout.scored == [[4, 9, 6]]  # before iteration 2; before 1 there was nothing to score
+    assert [record["logprob_gap/max"] for record in metrics] == [0.0, 0.0]
+
+
+def test_engines_that_are_at_work_are_not_asked_to_score() -> None:
+    config = make_config(pipeline=SIDE_BY_SIDE, behavior_logprobs="rollout")
+    rollout = ScoringRollout(is_idle=False)
+    metrics, _ = run_loop(config, FakeLearner(), rollout=rollout)
+    assert rollout.scored == []
+    # The first iteration's tokens are of the learner's weights, the second's are not.
+    assert ["logprob_gap/max" in record for record in metrics] == [True, False]
+
+
+def test_in_turn_the_engines_logprobs_are_compared_as_they_were_sampled() -> None:
+    class Apart(FakeLearner):
+        def compute_logprobs(self, trajectories: Any, temperature: Any = None) -> dict[str, Any]:
+            assert temperature is None and len(trajectories) == 4  # runtime.parity_samples of 8
+            return {t.sample_id: np.full(len(t.response_token_ids), -1.5) for t in trajectories}
+
+    rollout = ScoringRollout(is_idle=True)
+    metrics, _ = run_loop(make_config(behavior_logprobs="rollout"), Apart(), rollout=rollout)
+    assert rollout.scored == []
+    assert [record["logprob_gap/mean"] for record in metrics] == [0.5, 0.5]
