@@ -219,8 +219,7 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
             "--chunk-responses",
             int,
             options.chunk_responses,
-            "responses that an engine gets, and that are kept, at a time; 0: about twice "
-            "--max-num-seqs",
+            "responses that are judged and kept at a time; 0: about twice --max-num-seqs",
         ),
         ("--kv-cache-bytes", int, options.kv_cache_bytes, "of each engine (cpu)"),
         (
@@ -243,7 +242,7 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
             "--timeout-seconds",
             float,
             options.timeout_seconds,
-            "longest for engines to start, and for one chunk of responses",
+            "longest for engines to start, and without any progress",
         ),
     ):
         group.add_argument(flag, type=kind, default=default, help=text)

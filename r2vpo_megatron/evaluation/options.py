@@ -55,15 +55,14 @@ class EvaluationOptions:
 
         num_engines, tensor_parallel: vLLM engines, and devices of each.
         max_num_seqs: responses that an engine decodes at a time.
-        chunk_responses: responses that an engine gets, and gives back, at a time; 0: see
-            `runner.chunk_size`.
+        chunk_responses: responses that are judged and kept at a time; 0: see `runner.chunk_size`.
         kv_cache_bytes: of one engine (cpu).
         memory_fraction: of a device's memory, for one engine (cuda, npu).
         threads_per_engine: CPU threads (cpu).
         device: "auto", "cpu", "cuda" or "npu".
         ray_address: of a running cluster; empty: one is started for the evaluation.
         object_store_bytes: shared memory of a Ray that is started here.
-        timeout_seconds: longest that engines may take to start, or for one chunk.
+        timeout_seconds: longest that engines may take to start, or make no progress.
 
     Raises:
         ValueError: naming the flag, its value and what is valid.

@@ -160,7 +160,7 @@ class Evaluation:
             sampling: the distribution to draw from.
             judge: decodes and judges.
             progress: is told of each chunk.
-            chunk_responses: responses that an engine is given at a time.
+            chunk_responses: responses that are judged and kept together.
         """
         by_id = {_sample_id(sample): sample for sample in self.remaining}
         assert len(by_id) == len(self.remaining), "a problem id occurs twice"
@@ -214,12 +214,12 @@ def response_seed(seed: int, benchmark: str, problem_id: str, sample_index: int)
 
 
 def chunk_size(num_responses: int, num_engines: int, max_num_seqs: int, asked: int = 0) -> int:
-    """How many responses an engine is given at a time.
+    """How many responses are judged and kept together.
 
-    A chunk ends with its longest response, when few others are left to decode beside it: large
-    chunks keep the engines full. What an interruption loses is the chunks under way: small ones
-    lose little. So a chunk is about twice what an engine decodes at a time, smaller where not
-    enough is left to give every engine as much as every other.
+    Engines do not wait for the longest response of a chunk. What an interruption loses is the
+    chunks that are not whole: small ones lose little. Large ones have more to judge side by side.
+    So a chunk is about twice what an engine decodes at a time, smaller where not enough is left to
+    make one for every engine.
 
     Args:
         num_responses: that are to be made.

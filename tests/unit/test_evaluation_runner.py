@@ -43,7 +43,7 @@ def respond(request: GenerationRequest) -> Generation:
         token_ids=token_ids,
         rollout_logprobs=np.zeros(len(token_ids), dtype=np.float32),
         finish_reason="length" if draw.random() < 0.25 else "stop",
-        policy_version=0,
+        policy_versions=np.zeros(len(token_ids), dtype=np.int64),
     )
 
 
