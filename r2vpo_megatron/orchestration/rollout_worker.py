@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ class RolloutWorker:
             leftovers: segments of the engine that this one replaces.
         """
         remove_segments(leftovers)
+        # vLLM leaves a rendezvous file and sockets of every engine in the folder for temporary
+        # files (vllm/utils/network_utils.py).
+        self._scratch = tempfile.TemporaryDirectory(prefix="r2vpo-engine-")
+        tempfile.tempdir = self._scratch.name
         from r2vpo_megatron.rollout.vllm_engine import VLLMEngine
 
         rollout = self._config.rollout
@@ -83,11 +88,8 @@ class RolloutWorker:
         """See `WeightReceiver.finish`."""
         return self._engine.weights.finish(version, checksum)
 
-    def abort_weight_update(self) -> None:
-        """See `WeightReceiver.abort`."""
-        self._engine.weights.abort()
-
     def stop(self) -> None:
         """End the engine's own processes."""
         if hasattr(self, "_engine"):  # it may not have come so far
             self._engine.shutdown()
+            self._scratch.cleanup()

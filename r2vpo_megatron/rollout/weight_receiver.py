@@ -101,11 +101,6 @@ class WeightReceiver:
         self._tracker.commit()
         return {"weight_sync/finish_seconds": time.perf_counter() - start}
 
-    def abort(self) -> None:
-        """Give up the open push, if any; generation stays refused until a complete one."""
-        self._tracker.fail("aborted")
-        self._llm.collective_rpc("abandon_weight_push")
-
     def _call_workers(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker within the open push, which fails with it.
 

@@ -66,6 +66,8 @@ class ScriptedEngine:
         sampled: sample id -> what it returned, in copies of its own.
     """
 
+    is_idle = False
+
     def __init__(self) -> None:
         self.version = 0
         self.sampled: dict[str, Generation] = {}

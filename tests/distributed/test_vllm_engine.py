@@ -173,37 +173,22 @@ def test_pushes_back_and_forth_are_served_exactly(
             )
 
 
-def test_an_aborted_push_is_not_served_and_the_next_one_recovers(
-    engine: EngineInChild, model_b: PreTrainedModel
-) -> None:
-    version = engine.call("policy_version")
-    sender = SharedMemorySender(SMALL_BUCKET_BYTES)
-    buckets = sender.buckets(version + 1, checkpoint_tensors(model_b))
-    engine.call("weights.begin", version + 1)
-    for _ in range(3):
-        engine.call("weights.load", next(buckets))
-    with pytest.raises(WeightUpdateError, match="not finished: 3 buckets received"):
-        engine.greedy()
-    engine.call("weights.abort")
-    sender.close()
-    with pytest.raises(WeightUpdateError, match="aborted"):
-        engine.greedy()
-    with pytest.raises(WeightUpdateError, match="aborted"):
-        engine.call("score", PROMPTS)
-    assert engine.call("policy_version") == version
-
-    engine.push(version + 1, model_b, SMALL_BUCKET_BYTES)
-    assert engine.greedy() == [hf_greedy(model_b, prompt) for prompt in PROMPTS]
-
-
-def test_a_push_begun_over_a_half_push_is_served_exactly(
+def test_half_a_push_is_not_served_and_the_next_one_is_exact(
     engine: EngineInChild, model_a: PreTrainedModel, model_b: PreTrainedModel
 ) -> None:
     version = engine.call("policy_version")
     sender = SharedMemorySender(SMALL_BUCKET_BYTES)
+    buckets = sender.buckets(version + 1, checkpoint_tensors(model_a))
     engine.call("weights.begin", version + 1)
-    engine.call("weights.load", next(sender.buckets(version + 1, checkpoint_tensors(model_a))))
+    for _ in range(3):
+        engine.call("weights.load", next(buckets))
     sender.close()
+    with pytest.raises(WeightUpdateError, match="not finished: 3 buckets received"):
+        engine.greedy()
+    with pytest.raises(WeightUpdateError, match="not finished: 3 buckets received"):
+        engine.call("score", PROMPTS)
+    assert engine.call("policy_version") == version
+
     engine.push(version + 2, model_b, LARGE_BUCKET_BYTES)
     assert engine.greedy() == [hf_greedy(model_b, prompt) for prompt in PROMPTS]
 

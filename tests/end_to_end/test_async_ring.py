@@ -42,7 +42,7 @@ def assert_complete(lines: list[dict], num_iterations: int) -> None:
     ("in_flight", "backend"),
     [
         ("keep", "shared_memory"),
-        ("abort", "gloo"),
+        pytest.param("abort", "gloo", marks=pytest.mark.slow),
         pytest.param("drain", "shared_memory", marks=pytest.mark.slow),
     ],
 )

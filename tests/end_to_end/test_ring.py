@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from tests.end_to_end.ring_runs import REPO, read_iterations
     indirect=["tiny_model"],
 )
 def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
+    temporary = engine_files()
     run = start(recipe)
     code = run.process.wait(timeout=240)
     assert code == 0, run.text()
     run.assert_nothing_left()
+    assert engine_files() <= temporary
     folder = tmp_path / "run"
 
     lines = read_iterations(folder)
@@ -100,6 +103,12 @@ def test_a_run_starts_from_the_weights_of_a_megatron_checkpoint(start, tiny_mode
     assert first["logprob_gap/max"] < 1e-3  # of the two models of this test it is over 0.1
     final = load_file(tmp_path / "run" / "hf" / "model.safetensors")
     assert {name for name in weights if not torch.equal(weights[name], final[name])} == set()
+
+
+def engine_files() -> set[Path]:
+    """What engines keep in the folder for temporary files: vLLM's rendezvous, and ours of it."""
+    folder = Path(tempfile.gettempdir())
+    return {*folder.glob("vllm_dist_*"), *folder.glob("r2vpo-engine-*")}
 
 
 def assert_final_weights(final: Path, initial: Path) -> None:

@@ -28,10 +28,23 @@ TEXTS = ("What is 1+1?", "求 2+2 的值")
 class RecordingRollout:
     requests: list[GenerationRequest] = field(default_factory=list)
 
-    def generate(self, requests: Sequence[GenerationRequest], _: Any) -> list[Generation]:
+    def submit(self, requests: Sequence[GenerationRequest], _: Any) -> None:
         self.requests += requests
-        logprobs = np.full(2, -1.0, dtype=np.float32)
-        return [Generation(r.sample_id, (40, 41), logprobs, "stop", 0) for r in requests]
+
+    def wait_for(self, choose: Any) -> Any:
+        return choose({request.sample_id for request in self.requests})
+
+    def take(self, sample_ids: Sequence[str]) -> list[Generation]:
+        logprobs, versions = np.full(2, -1.0, dtype=np.float32), np.zeros(2, dtype=np.int64)
+        return [Generation(name, (40, 41), logprobs, "stop", versions) for name in sample_ids]
+
+
+@dataclass
+class Stream:
+    prompts: list[Prompt]
+
+    def take(self, count: int) -> list[Prompt]:
+        return self.prompts[:count]
 
 
 @dataclass
@@ -79,8 +92,8 @@ def test_requests_trajectories_and_packed_batches_hold_the_same_ids(
         rollout=RolloutConfig(max_response_tokens=4),
     )
     rollout, learner = RecordingRollout(), RecordingLearner()
-    collector = Collector(config, tokenizer, judge, rollout, learner)  # type: ignore[arg-type]
-    trajectories, _ = collector.collect(prompts, iteration=1)
+    parts: Any = (Stream(prompts), rollout, learner)
+    trajectories = Collector(config, tokenizer, judge, *parts).collect(1).trajectories
 
     reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
     wanted = [

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MEGABYTE = 1 << 20
 GOLD = "\\sqrt{2}"  # no plain number: spelling decides nothing, the workers are asked
 LIMIT_SECONDS = 0.3  # shorter than in use, for the test's sake
-WORST_SECONDS = 0.5  # of what runs in the trainer; 0.1 on an idle machine
+WORST_SECONDS = 5.0  # of CPU time, for what takes a tenth of it; quadratic time would be hours
 
 
 @pytest.fixture(scope="module")
@@ -369,17 +369,17 @@ def test_a_megabyte_takes_linear_time_in_the_trainer(judge: EquivalenceJudge, pi
     window = piece * (480 // len(piece))
     for hostile in (text, "\\boxed{" + text, text + "\nAnswer: " + window, window):
         for mode in MODES:
-            start = time.perf_counter()
+            start = time.process_time()
             results = MathDapoReward(mode, judge).judge_texts([hostile], [""])
-            assert time.perf_counter() - start < WORST_SECONDS, mode
+            assert time.process_time() - start < WORST_SECONDS, mode
             assert mode == "minerva" or not results[0].acc
         for name, check in FORMAT_CHECKS.items():
-            start = time.perf_counter()
+            start = time.process_time()
             check(hostile)
-            assert time.perf_counter() - start < WORST_SECONDS, name
-        start = time.perf_counter()
+            assert time.process_time() - start < WORST_SECONDS, name
+        start = time.process_time()
         canonical_answer(hostile)
-        assert time.perf_counter() - start < WORST_SECONDS
+        assert time.process_time() - start < WORST_SECONDS
 
 
 def test_a_hundred_thousand_digits_are_wrong_at_once() -> None:
