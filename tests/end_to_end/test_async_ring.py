@@ -67,6 +67,7 @@ def test_engines_sample_while_the_learner_learns(start, tmp_path, in_flight, bac
     assert sum(line["rollout/num_restarts"] for line in lines[1:]) == 0
 
 
+@pytest.mark.slow
 def test_slow_groups_are_carried_over(start, tmp_path):
     fields = {
         **LONG_ROLLOUT,

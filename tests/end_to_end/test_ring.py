@@ -222,7 +222,9 @@ def test_an_exception_in_the_learner_ends_the_run(start, tmp_path):
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("worker", ["LearnerWorker", "RolloutWorker"])
+@pytest.mark.parametrize(
+    "worker", ["LearnerWorker", pytest.param("RolloutWorker", marks=pytest.mark.slow)]
+)
 def test_a_killed_worker_ends_the_run(start, worker):
     """The other learner rank waits in a collective that never ends; the run must not."""
     fields = {"train.num-iterations": "1000", "rollout.max-restarts": "0"}
@@ -238,6 +240,7 @@ def test_a_killed_worker_ends_the_run(start, worker):
     run.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_two_engines_and_two_data_parallel_ranks(start, tmp_path):
     run = start("r2vpo_off_policy", **{"rollout.num-engines": "2", "parallel.data": "2"})
     assert run.process.wait(timeout=280) == 0, run.text()
