@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from r2vpo_megatron.records import Trajectory
+from r2vpo_megatron.replay import ReplayBuffer
 
 
 def sample(iteration: int, index: int, num_response: int = 2) -> Trajectory:
@@ -54,3 +55,11 @@ def through_json_and_arrays(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: through_json_and_arrays(value) for key, value in state.items()}
     return json.loads(json.dumps(state))
+
+
+def draw_batch(
+    buffer: ReplayBuffer, num_samples: int, *, with_replacement: bool = False
+) -> list[Trajectory]:
+    """One mini-batch."""
+    (drawn,) = buffer.mini_batches(1, num_samples, with_replacement=with_replacement)
+    return drawn

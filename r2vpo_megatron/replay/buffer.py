@@ -137,11 +137,6 @@ class ReplayBuffer:
         # What is evicted meanwhile stays what was drawn.
         return _materialise(picks, [stored.columns for stored in self._all()])
 
-    def sample(self, num_samples: int, *, with_replacement: bool = False) -> list[Trajectory]:
-        """Draw one mini-batch; see `mini_batches`."""
-        (drawn,) = self.mini_batches(1, num_samples, with_replacement=with_replacement)
-        return drawn
-
     def metrics(self) -> dict[str, float]:
         """Return the accounting of uses, by names that begin with `replay/`.
 

@@ -14,14 +14,21 @@ from hypothesis import strategies as st
 
 from r2vpo_megatron.records import Trajectory
 from r2vpo_megatron.replay import ReplayBuffer
-from tests.replay_samples import assert_same, batch, names, sample, through_json_and_arrays
+from tests.replay_samples import (
+    assert_same,
+    batch,
+    draw_batch,
+    names,
+    sample,
+    through_json_and_arrays,
+)
 
 
 def test_oldest_iteration_is_evicted_first() -> None:
     buffer = ReplayBuffer(capacity_iterations=2, seed=0)
     for iteration, count in ((0, 3), (1, 2), (5, 4)):
         buffer.add(iteration, batch(iteration, count))
-    assert sorted(names(buffer.sample(6))) == sorted(names(batch(1, 2) + batch(5, 4)))
+    assert sorted(names(draw_batch(buffer, 6))) == sorted(names(batch(1, 2) + batch(5, 4)))
     assert len(buffer) == 6
 
 
@@ -30,11 +37,11 @@ def test_draws_do_not_depend_on_the_order_of_completion() -> None:
     for order in (1, -1):
         buffer = ReplayBuffer(2, seed=3)
         buffer.add(0, batch(0, 20)[::order])
-        draws.append(names(buffer.sample(10)))
+        draws.append(names(draw_batch(buffer, 10)))
     assert draws[0] == draws[1]
     other_seed = ReplayBuffer(2, seed=4)
     other_seed.add(0, batch(0, 20))
-    assert names(other_seed.sample(10)) != draws[0]
+    assert names(draw_batch(other_seed, 10)) != draws[0]
 
 
 def test_steady_state_ages_and_uses() -> None:
@@ -43,7 +50,7 @@ def test_steady_state_ages_and_uses() -> None:
     ages = []
     for iteration in range(200):
         buffer.add(iteration, batch(iteration, 16))
-        drawn = buffer.sample(32)
+        drawn = draw_batch(buffer, 32)
         if iteration >= 3:
             ages += [iteration - trajectory.iteration for trajectory in drawn]
     metrics = buffer.metrics()
@@ -60,7 +67,7 @@ def test_metrics_by_hand() -> None:
     buffer = ReplayBuffer(2, seed=0)
     assert buffer.metrics() == dict.fromkeys(buffer.metrics(), 0.0)
     buffer.add(0, batch(0, 4))
-    buffer.sample(3)
+    draw_batch(buffer, 3)
     buffer.add(2, batch(2, 4))
     metrics = buffer.metrics()
     assert metrics["replay/size"] == 8
@@ -92,7 +99,7 @@ def test_histograms_of_uses_and_ages() -> None:
     for iteration, uses in ((0, 5), (1, 3), (2, 1)):
         buffer.add(iteration, batch(iteration, 2))
         # Every sample stored, `uses` times: 9 in all, 4 and 1.
-        buffer.sample(uses * len(buffer))
+        draw_batch(buffer, uses * len(buffer))
     metrics = buffer.metrics()
     uses = {key: value for key, value in metrics.items() if "/uses_" in key}
     assert uses == pytest.approx(
@@ -153,11 +160,11 @@ def test_the_memory_limit_costs_the_oldest_iterations() -> None:
         buffer.add(iteration, batch(iteration, 10))
     assert (len(buffer), buffer.metrics()["replay/evicted_early_iterations"]) == (20, 0)
     buffer.add(2, batch(2, 10))
-    assert {s.iteration for s in buffer.sample(20)} == {1, 2}
+    assert {s.iteration for s in draw_batch(buffer, 20)} == {1, 2}
     assert buffer.metrics()["replay/evicted_early_iterations"] == 1
     assert buffer.metrics()["replay/evicted_unused_fraction"] == 1.0
     buffer.add(3, batch(3, 24))  # needs the room of both
-    assert {s.iteration for s in buffer.sample(24)} == {3}
+    assert {s.iteration for s in draw_batch(buffer, 24)} == {3}
     assert buffer.metrics()["replay/evicted_early_iterations"] == 3
     assert buffer.memory_bytes <= 2 * one + one // 2
 
@@ -171,7 +178,7 @@ def test_an_iteration_beyond_the_limit_is_refused_and_nothing_else_goes() -> Non
     message = rf"max_memory_bytes: {needed - 1}; valid: at least {needed}, .* iteration 1 "
     with pytest.raises(ValueError, match=message):
         buffer.add(1, batch(1, 50))
-    assert sorted(names(buffer.sample(3))) == names(batch(0, 3))
+    assert sorted(names(draw_batch(buffer, 3))) == names(batch(0, 3))
     ReplayBuffer(4, seed=0, max_memory_bytes=needed).add(1, batch(1, 50))
 
 
@@ -185,12 +192,12 @@ def test_what_the_caller_does_later_changes_nothing() -> None:
     buffer.add(0, [given])
     for array in (given.behavior_logprobs, given.rollout_logprobs, given.policy_versions):
         array[:] = 7
-    (drawn,) = buffer.sample(1)
+    (drawn,) = draw_batch(buffer, 1)
     assert_same(drawn, kept)
     with pytest.raises(ValueError, match="read-only"):
         drawn.behavior_logprobs[:] = 7
     drawn.policy_versions[:] = 7
-    (again,) = buffer.sample(1)
+    (again,) = draw_batch(buffer, 1)
     assert_same(again, kept)
 
 
@@ -204,14 +211,14 @@ def test_resume_continues_to_the_bit(sizes: list[int], num_samples: int, lengths
     for iteration, size in enumerate(sizes):
         buffer.add(iteration, [sample(iteration, i, (i + lengths) % 4) for i in range(size)])
         if len(buffer):
-            buffer.sample(num_samples)
+            draw_batch(buffer, num_samples)
     resumed = ReplayBuffer(3, seed=99)
     resumed.load_state_dict(through_json_and_arrays(buffer.state_dict()))
     assert resumed.metrics() == buffer.metrics()
     for iteration in (10, 11, 12):
         for each in (buffer, resumed):
             each.add(iteration, batch(iteration, 2))
-        one, other = buffer.sample(9), resumed.sample(9)
+        one, other = draw_batch(buffer, 9), draw_batch(resumed, 9)
         for a, b in zip(one, other, strict=True):
             assert_same(a, b)
         assert resumed.metrics() == buffer.metrics()
@@ -221,11 +228,11 @@ def test_state_is_a_snapshot() -> None:
     buffer = ReplayBuffer(2, seed=0)
     buffer.add(0, batch(0, 5))
     state = buffer.state_dict()
-    expected = names(buffer.sample(5))
+    expected = names(draw_batch(buffer, 5))
     for _ in range(2):
         resumed = ReplayBuffer(2, seed=0)
         resumed.load_state_dict(state)
-        assert names(resumed.sample(5)) == expected
+        assert names(draw_batch(resumed, 5)) == expected
         assert resumed.metrics()["replay/uses_mean"] == 1.0
 
 
@@ -238,7 +245,7 @@ def test_stored_logprobs_keep_their_bits() -> None:
     resumed = ReplayBuffer(1, seed=0)
     resumed.load_state_dict(through_json_and_arrays(buffer.state_dict()))
     for each in (buffer, resumed):
-        (drawn,) = each.sample(1)
+        (drawn,) = draw_batch(each, 1)
         assert drawn.behavior_logprobs.dtype == np.float32
         assert drawn.behavior_logprobs.tobytes() == odd.tobytes()
 
@@ -248,8 +255,8 @@ def test_what_the_buffer_refuses() -> None:
         ReplayBuffer(0, seed=0)
     buffer = ReplayBuffer(2, seed=0)
     with pytest.raises(ValueError, match="num_updates x size: 1 of 0 samples stored"):
-        buffer.sample(1)
-    assert buffer.sample(0) == []
+        draw_batch(buffer, 1)
+    assert draw_batch(buffer, 0) == []
     buffer.add(3, batch(3, 1))
     with pytest.raises(ValueError, match="iteration: 3; valid: above 3"):
         buffer.add(3, batch(3, 1))
@@ -267,6 +274,6 @@ def test_what_the_buffer_refuses() -> None:
     with pytest.raises(ValueError, match="max_memory_bytes: -1; valid: 0 or more"):
         ReplayBuffer(1, seed=0, max_memory_bytes=-1)
     with pytest.raises(ValueError, match="num_updates, size: 1, -1; valid: 0 or more"):
-        buffer.sample(-1)
+        draw_batch(buffer, -1)
     with pytest.raises(ValueError, match="capacity_iterations: 3; valid: 2, as in the saved run"):
         ReplayBuffer(3, seed=0).load_state_dict(buffer.state_dict())

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from r2vpo_megatron.records import Trajectory
 from r2vpo_megatron.replay import ReplayBuffer
 from r2vpo_megatron.replay.draws import deal_out, draw_with_replacement
-from tests.replay_samples import assert_same, batch, names, sample, through_json_and_arrays
+from tests.replay_samples import (
+    assert_same,
+    batch,
+    draw_batch,
+    names,
+    sample,
+    through_json_and_arrays,
+)
 
 
 def spread(counts: Counter[str], stored: Sequence[str]) -> int:
@@ -78,7 +85,7 @@ def test_draws_are_uniform_over_samples_not_over_iterations() -> None:
         buffer.add(1, batch(1, 1))
         uses: Counter[str] = Counter()
         for _ in range(4000):
-            uses.update(names(buffer.sample(3, with_replacement=with_replacement)))
+            uses.update(names(draw_batch(buffer, 3, with_replacement=with_replacement)))
         # 1,200 expected of each; five standard deviations are 165 at most.
         assert all(abs(uses[name] - 1200) < 165 for name in names(batch(0, 9) + batch(1, 1)))
 
