@@ -2,7 +2,9 @@
 
 A learner of two tensor-parallel ranks (gloo between them, random bf16 weights, no optimizer) pushes
 to one engine and to two. An engine is a process that opens each bucket, verifies it and copies its
-tensors into weights of its own; with --vllm it is a real vLLM engine. Sides take turns:
+tensors into weights of its own; with --vllm it is a real vLLM engine. As in a run, a sender and its
+engines stay connected from push to push; the first push is not counted. Before each push a copy is
+timed. Sides:
     copy               of all tensors into memory that is there already, in one process
     safetensors        one rank's whole tensors saved to a file (page cache), loaded, copied
     BACKEND            the push; `wall` from its begin to its verified end on every engine
@@ -59,8 +61,10 @@ class Row:
     """What the turns of one side gave, in seconds."""
 
     wall: list[float] = field(default_factory=list)
+    copy: list[float] = field(default_factory=list)  # of the one before each
     stages: list[dict[str, float]] = field(default_factory=list)
-    extra_bytes: int = 0
+    peak_bytes: int = 0  # resident on the sending rank
+    extra_bytes: int = 0  # of that, what was not before the first push
 
 
 def model_config(shape: Shape) -> dict[str, Any]:
@@ -122,7 +126,6 @@ class CopyingEngine:
     def finish(self, version: int, checksum: int) -> dict[str, float]:
         """Verify that the push is whole."""
         self._tracker.require_finishable(version, checksum)
-        self._link.end_push()
         self._tracker.commit()
         return {}
 
@@ -252,7 +255,6 @@ class Leader:
             return [receiver.recv() for receiver in receivers]
 
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
-        before = resident_bytes("VmRSS")
         start = time.perf_counter()
         call("begin", self._version)
         weights = None if whole else self._gather()
@@ -274,8 +276,22 @@ class Leader:
         stages["convert"] = getattr(weights, "convert_seconds", 0.0)
         stages["gather"] -= stages["convert"]
         row.stages.append(stages)
-        row.extra_bytes = max(row.extra_bytes, resident_bytes("VmHWM") - before)
+        row.peak_bytes = max(row.peak_bytes, resident_bytes("VmHWM"))
+        sender.end_push()
+
+    def measure(self, backend: str, receivers: list[Connection]) -> list[Row]:
+        """Pushes over one connection, with the gather and without."""
+        before = resident_bytes("VmRSS")
+        sender = self.connect(backend, receivers)
+        rows = [Row(), Row()]
+        for whole, row in enumerate(rows):
+            self.push(sender, receivers, Row(), whole=bool(whole))
+            for _ in range(self._args.turns):
+                row.copy.append(self.copy())
+                self.push(sender, receivers, row, whole=bool(whole))
+            row.extra_bytes = row.peak_bytes - before
         sender.close()
+        return rows
 
 
 def lead(
@@ -286,23 +302,17 @@ def lead(
     for receiver in receivers:
         receiver.recv()
     rows = {"copy": Row(), "safetensors": Row()}
-    for turn in range(1 + args.turns):  # the first warms up
-        measured: dict[str, Row] = {name: Row() for name in rows}
-        measured["copy"].wall.append(leader.copy())
-        measured["safetensors"].wall.append(leader.safetensors())
-        for number in range(1, 1 + len(receivers)):
-            for backend in args.backends:
-                sender = leader.connect(backend, receivers[:number])
-                for whole in (False, True):
-                    name = f"{backend}{', whole' if whole else ''} -> {number}"
-                    row = measured.setdefault(name, Row())
-                    leader.push(sender, receivers[:number], row, whole=whole)
-        for name, row in measured.items():
-            if turn > 0:
-                total = rows.setdefault(name, Row())
-                total.wall += row.wall
-                total.stages += row.stages
-                total.extra_bytes = max(total.extra_bytes, row.extra_bytes)
+    leader.safetensors()
+    for _ in range(args.turns):
+        copy = leader.copy()
+        rows["copy"].wall.append(copy)
+        rows["safetensors"].wall.append(leader.safetensors())
+        for name in ("copy", "safetensors"):
+            rows[name].copy.append(copy)
+    for number in range(1, 1 + len(receivers)):
+        for backend in args.backends:
+            sharded, whole = leader.measure(backend, receivers[:number])
+            rows |= {f"{backend} -> {number}": sharded, f"{backend}, whole -> {number}": whole}
     print_table(args, leader, rows)
     follower.send("end")
     for receiver in receivers:
@@ -310,7 +320,7 @@ def lead(
 
 
 def print_table(args: argparse.Namespace, leader: Leader, rows: dict[str, Row]) -> None:
-    """One row a side, medians; speed beside the copy is the median over the turns."""
+    """One row a side, medians; speed beside the copy is the median over the pairs."""
     num_bytes, engine = leader.num_bytes, "vLLM engines" if args.vllm else "engines that copy"
     print(f"\n{args.shape}, bfloat16, {num_bytes / 1e6:,.0f} MB in {len(leader.whole)} tensors")
     print(f"buckets of {args.bucket_mib} MiB, {engine}, median of {args.turns} turns\n")
@@ -318,7 +328,7 @@ def print_table(args: argparse.Namespace, leader: Leader, rows: dict[str, Row]) 
     print(f"{'side':<28}{'wall s':>8}{'GB/s':>7}{'x copy':>8}{header}{'buckets held':>14}")
     for name, row in rows.items():
         wall = statistics.median(row.wall)
-        pairs = zip(rows["copy"].wall, row.wall, strict=True)
+        pairs = zip(row.copy, row.wall, strict=True)
         speed = statistics.median(copy / this for copy, this in pairs)
         text = f"{name:<28}{wall:>8.3f}{num_bytes / wall / 1e9:>7.2f}{speed:>8.2f}"
         for stage in STAGES if row.stages else ():
@@ -347,7 +357,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Stages and speed of weight pushes.")
     parser.add_argument("--shape", choices=list(SHAPES), default="135M")
     parser.add_argument("--engines", type=int, default=2, help="pushes to 1..N engines, default 2")
-    parser.add_argument("--turns", type=int, default=3, help="of each side, default 3")
+    parser.add_argument("--turns", type=int, default=5, help="of each side, default 5")
     parser.add_argument("--bucket-mib", type=int, default=64, help="default 64")
     parser.add_argument("--backends", nargs="+", default=["shared_memory", "gloo"])
     parser.add_argument("--vllm", action="store_true", help="real vLLM engines")
@@ -390,8 +400,9 @@ def main() -> None:
                 process.kill()
     print(
         "\nStages in seconds; the engines' are those of the slowest, summed over the buckets.\n"
-        "buckets held: most resident memory (shared memory included) above that before the push,\n"
-        "on the sending rank (in largest tensors where one is larger). x copy: speed beside it."
+        "buckets held: most resident memory (shared memory included) above that before the first\n"
+        "push, on the sending rank (in largest tensors where one is larger).\n"
+        "x copy: speed beside the copy before it."
     )
 
 

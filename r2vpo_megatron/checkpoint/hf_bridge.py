@@ -14,6 +14,7 @@ from torch import Tensor
 
 from r2vpo_megatron.checkpoint.layout import (
     Placement,
+    Shard,
     TensorPieces,
     merge_shards,
     placements,
@@ -83,8 +84,7 @@ class HfWeights(Iterator[tuple[str, Any]]):
         parameters = _local_parameters(model_chunks)
         takes_part = state.data_rank == 0 and state.context_rank == 0
         if takes_part:
-            largest_bytes = max(p.numel() * p.element_size() for p in parameters.values())
-            stage = ShardGather(state, largest_bytes)
+            stage = ShardGather(state, parameters)
         for group in placements(spec):
             merged: list[dict[str, TensorPieces]] = []
             if takes_part:
@@ -92,19 +92,13 @@ class HfWeights(Iterator[tuple[str, Any]]):
                     shards = _collect_shards(placement, spec, state, parameters, stage)
                     if state.is_writer:
                         merged.append(merge_shards(placement, spec, shards))
-                        if placement is not group[-1]:  # the next one may take the shards' place
-                            merged[-1] = self._copied(merged[-1])
                     del shards
             # Weight and bias alternate: q weight, q bias, k weight, ...
             for names in zip(*(placement.hf_shapes for placement in group), strict=True):
                 for position, name in enumerate(names):
                     yield name, merged[position].pop(name) if merged else None
-
-    def _copied(self, merged: dict[str, TensorPieces]) -> dict[str, TensorPieces]:
-        wholes = {name: self._put_together(pieces) for name, pieces in merged.items()}
-        return {
-            name: TensorPieces([whole], 0, tuple(whole.shape)) for name, whole in wholes.items()
-        }
+        if takes_part:
+            stage.finish()
 
     def _put_together(self, pieces: TensorPieces) -> Tensor:
         start = time.perf_counter()
@@ -140,18 +134,15 @@ def _collect_shards(
     state: ParallelState,
     parameters: dict[str, Tensor],
     stage: ShardGather,
-) -> list[Tensor]:
-    """Bring the shards of one parameter to global rank 0, from the TP ranks of its stage.
-
-    They are to be read before the next call.
-    """
+) -> list[Shard]:
+    """Bring the shards of one parameter to global rank 0, from the TP ranks of its stage."""
     owner = _stage_of(placement, spec, state)
     shape = shard_shape(placement, spec, state.tensor_size)
     num_shards = 1 if placement.kind == "replicated" else state.tensor_size
-    shards: list[Tensor] = []
+    shards: list[Shard] = []
     if state.pipeline_rank == owner:
-        local = parameters[placement.megatron_name].detach()
-        shards = stage.gather(local) if num_shards > 1 else [local]
+        name = placement.megatron_name
+        shards = stage.gather(name) if num_shards > 1 else [parameters[name].detach()]
     if owner == 0 or state.tensor_rank != 0:
         return shards
     stages = dist.get_process_group_ranks(state.pipeline_group)
@@ -160,9 +151,10 @@ def _collect_shards(
             dist.send(shard.contiguous(), dst=stages[0], group=state.pipeline_group)
     elif state.pipeline_rank == 0:
         dtype = next(iter(parameters.values())).dtype
-        shards = [torch.empty(shape, dtype=dtype, device=state.device) for _ in range(num_shards)]
-        for shard in shards:
+        received = [torch.empty(shape, dtype=dtype, device=state.device) for _ in range(num_shards)]
+        for shard in received:
             dist.recv(shard, src=stages[owner], group=state.pipeline_group)
+        return [*received]
     return shards
 
 

@@ -17,11 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from r2vpo_megatron.device.process_memory import RemoteTensor
 from r2vpo_megatron.models import ARCHITECTURES
 from r2vpo_megatron.models.spec import ModelSpec, padded_vocab_size
 
 Kind = Literal["replicated", "vocab", "qkv", "gate_up", "row"]
 Shape = tuple[int, ...]
+Shard = Tensor | RemoteTensor  # of this process, or of another one
 
 # (name, dimension, start, stop) -> that slice of a tensor of the checkpoint
 ReadSlice = Callable[[str, int, int, int], Tensor]
@@ -54,7 +56,7 @@ def interleave_qkv(query: Tensor, key: Tensor, value: Tensor, head_dim: int) -> 
     return torch.cat(parts, dim=1).reshape(-1, *rest)
 
 
-def split_qkv(fused: Tensor, head_dim: int, heads_per_kv_head: int) -> tuple[Tensor, ...]:
+def split_qkv(fused: Shard, head_dim: int, heads_per_kv_head: int) -> tuple[Shard, ...]:
     """Undo interleave_qkv, as views: query, key and value, [kv_heads, rows of one, ...]."""
     rest = fused.shape[1:]
     groups = fused.reshape(-1, (heads_per_kv_head + 2) * head_dim, *rest)
@@ -186,11 +188,12 @@ class TensorPieces:
 
     Args:
         pieces: follow each other along one dimension; the first dimension may be split into two.
+            The first is of this process, others may be another's.
         dim: that dimension, of the pieces.
         shape: of the whole.
     """
 
-    def __init__(self, pieces: Sequence[Tensor], dim: int, shape: Shape) -> None:
+    def __init__(self, pieces: Sequence[Shard], dim: int, shape: Shape) -> None:
         self._pieces = pieces
         self._dim = dim
         self.shape = shape
@@ -202,7 +205,7 @@ class TensorPieces:
 
     def element_size(self) -> int:
         """Bytes of an element."""
-        return self._pieces[0].element_size()
+        return self.dtype.itemsize
 
     def copy_into(self, whole: Tensor) -> None:
         """Put the pieces together in one pass.
@@ -216,19 +219,25 @@ class TensorPieces:
             [piece.shape[self._dim] for piece in self._pieces], self._dim
         )
         for place, piece in zip(places, self._pieces, strict=True):
-            place.copy_(piece)
+            if isinstance(piece, Tensor):
+                place.copy_(piece)
+            else:
+                piece.copy_into(place)
 
     def whole(self) -> Tensor:
         """The tensor, contiguous; one piece that is so already is not copied."""
-        if len(self._pieces) == 1 and self._pieces[0].is_contiguous():
-            return self._pieces[0].view(self.shape)
-        whole = self._pieces[0].new_empty(self.shape)
+        first = self._pieces[0]
+        if not isinstance(first, Tensor):
+            raise TypeError("the first piece lies in another process")
+        if len(self._pieces) == 1 and first.is_contiguous():
+            return first.view(self.shape)
+        whole = first.new_empty(self.shape)
         self.copy_into(whole)
         return whole
 
 
 def merge_shards(
-    placement: Placement, spec: ModelSpec, shards: Sequence[Tensor]
+    placement: Placement, spec: ModelSpec, shards: Sequence[Shard]
 ) -> dict[str, TensorPieces]:
     """Undo read_shard over all TP ranks: the whole Hugging Face tensors, as views of the shards.
 
@@ -237,7 +246,7 @@ def merge_shards(
         spec: the model.
         shards: one a TP rank, in order; for a replicated parameter the first is enough.
     """
-    pieces: list[Sequence[Tensor]]
+    pieces: list[Sequence[Shard]]
     if placement.kind == "replicated":
         pieces = [shards[:1]]
     elif placement.kind == "vocab":

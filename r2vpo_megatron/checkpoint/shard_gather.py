@@ -2,84 +2,83 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r2vpo_megatron.device.host_memory import LaneOffer, MemoryLane, join_lane, reach_lane
+from r2vpo_megatron.checkpoint.layout import Shard
+from r2vpo_megatron.device.process_memory import OfferedMemory, RemoteTensor
 from r2vpo_megatron.parallel.state import ParallelState
 
 
 class ShardGather:
     """Brings shards to TP rank 0, parameter by parameter.
 
-    Where they lie in host memory, the ranks on rank 0's host copy theirs into memory that it maps:
-    the way through gloo and a socket costs several times as much. All others send.
+    Where they lie in host memory, rank 0 reads those of its host where they are, once: the way
+    through gloo and a socket costs several times as much. All others send.
 
     Args:
         state: where this rank stands; every rank of its TP group makes a ShardGather (collective).
-        largest_shard_bytes: of the parameters to come, the same on all ranks; each rank but the
-            first shares so much memory.
+        parameters: of this rank; unchanged until `finish`.
     """
 
-    def __init__(self, state: ParallelState, largest_shard_bytes: int) -> None:
+    def __init__(self, state: ParallelState, parameters: Mapping[str, Tensor]) -> None:
         self._group = state.tensor_group
+        self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._first, *self._others = dist.get_process_group_ranks(self._group)
         self._is_first = state.tensor_rank == 0
-        self._lanes: dict[int, MemoryLane] = {}  # by the rank at the other end
+        self._is_any_readable = False
+        self._sends = True  # to the first, which cannot read here
+        self._readable: dict[int, tuple[int, Mapping[str, int]]] = {}  # by rank
         if state.device.type == "cpu" and self._others:
-            if self._is_first:
-                self._join_lanes()
-            else:
-                self._offer_lane(largest_shard_bytes)
+            self._agree_on_reading()
 
-    def gather(self, local: Tensor) -> list[Tensor]:
+    def gather(self, name: str) -> list[Shard]:
         """One parameter's shards; collective over the TP group.
 
-        Args:
-            local: this rank's, of one shape on all ranks.
-
         Returns:
-            On TP rank 0 all shards in the order of the ranks, to be read before the next call:
-            they may be other ranks' memory. On the others nothing.
+            On TP rank 0 all shards in the order of the ranks, those of its host to be read before
+            `finish`. On the others nothing.
         """
+        local = self._parameters[name]
         if self._is_first:
-            # All may fill their memory before the first of them is waited for.
-            for lane in self._lanes.values():
-                lane.make_room(local)
-            return [local, *(self._receive(local, rank) for rank in self._others)]
-        if self._first in self._lanes:
-            self._lanes[self._first].write(local)
-        else:
+            return [local, *(self._shard_of(rank, name, local) for rank in self._others)]
+        if self._sends:
             dist.send(local.contiguous(), dst=self._first, group=self._group)
         return []
 
-    def _receive(self, local: Tensor, rank: int) -> Tensor:
-        if rank in self._lanes:
-            return self._lanes[rank].read(local)
-        shard = torch.empty_like(local)
+    def finish(self) -> None:
+        """Let the ranks change their parameters again: all has been read; collective."""
+        if self._is_any_readable:
+            dist.barrier(self._group)
+
+    def _shard_of(self, rank: int, name: str, like: Tensor) -> Shard:
+        if rank in self._readable:
+            pid, addresses = self._readable[rank]
+            return RemoteTensor(pid, addresses[name], torch.empty_like(like, device="meta"))
+        shard = torch.empty_like(like)
         dist.recv(shard, src=rank, group=self._group)
         return shard
 
-    def _offer_lane(self, capacity_bytes: int) -> None:
-        offer = LaneOffer()
-        dist.send_object_list([offer.address], dst=self._first, group=self._group)
-        came: list[Any] = [None]
-        dist.recv_object_list(came, src=self._first, group=self._group)
-        if came[0]:
-            self._lanes[self._first] = offer.accept(capacity_bytes)
-        offer.close()
-
-    def _join_lanes(self) -> None:
-        for rank in self._others:
-            address: list[Any] = [None]
-            dist.recv_object_list(address, src=rank, group=self._group)
-            line = None
-            with contextlib.suppress(OSError):  # it is on another host
-                line = reach_lane(address[0])
-            dist.send_object_list([line is not None], dst=rank, group=self._group)
-            if line is not None:
-                self._lanes[rank] = join_lane(line)
+    def _agree_on_reading(self) -> None:
+        reader = [os.getpid()]
+        dist.broadcast_object_list(reader, src=self._first, group=self._group)
+        # Kept until the answer has come, by when it has been read.
+        memory = OfferedMemory(reader[0])
+        are_in_place = all(parameter.is_contiguous() for parameter in self._parameters.values())
+        addresses = {name: parameter.data_ptr() for name, parameter in self._parameters.items()}
+        offers: list[Any] = [None] * self._group.size()
+        offer = (memory.offer, addresses) if are_in_place else None
+        dist.all_gather_object(offers, offer, group=self._group)
+        if self._is_first:
+            for rank, offered in zip(self._others, offers[1:], strict=True):
+                if offered is not None and offered[0].is_readable():
+                    self._readable[rank] = (offered[0].pid, offered[1])
+        readable = [list(self._readable)]
+        dist.broadcast_object_list(readable, src=self._first, group=self._group)
+        self._is_any_readable = bool(readable[0])
+        self._sends = dist.get_rank() not in readable[0]

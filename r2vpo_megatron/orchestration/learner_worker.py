@@ -88,7 +88,7 @@ class LearnerWorker:
     def close_weight_push(self) -> tuple[int, dict[str, float]]:
         """On rank 0: checksum and metrics of the push."""
         checksum, metrics = self._sender.push_checksum, self._sender.metrics()
-        self._sender.close()
+        self._sender.end_push()
         convert_seconds = self._weights.convert_seconds
         metrics["weight_sync/convert_seconds"] = convert_seconds
         metrics["weight_sync/gather_seconds"] -= convert_seconds
@@ -98,7 +98,7 @@ class LearnerWorker:
         """On rank 0: give up the open push, gathering to the end as the other ranks do."""
         from r2vpo_megatron.learner.megatron_actor import exhaust
 
-        self._sender.close()
+        self._sender.end_push()
         exhaust(self._weights)
 
     def join_weight_push(self) -> None:

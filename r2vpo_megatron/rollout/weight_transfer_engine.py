@@ -122,8 +122,6 @@ class BucketWeightTransferEngine(WeightTransferEngine):
 
         finalize_layerwise_reload(self.model, self.model_config)
         self._is_reloading = False
-        if self._link is not None:
-            self._link.end_push()
         if not current_platform.is_cpu():
             return
         # On a CPU the LM head's matrix product uses a packed copy of its weight. With tied

@@ -88,9 +88,6 @@ class ReceivingLink:
             raise WeightTransferInterrupted(f"receiving a bucket: {error}") from error
         return buffer
 
-    def end_push(self) -> None:
-        """Nothing is kept between pushes but the membership."""
-
     def close(self) -> None:
         """Leave the group."""
         self._group.close()
@@ -202,9 +199,9 @@ class CollectiveSender(BucketSender):
         assert self._connection is not None and self._store is not None, "offer a connection first"
         self._group = self._connection.group(self._store, 0)
 
-    def close(self) -> None:
-        """End the open push, if any, and free its memory; the connection stays."""
-        super().close()
+    def end_push(self) -> None:
+        """End the open push, if any, and free its memory, which may be scarce on a device."""
+        super().end_push()
         self._spare.clear()
 
     def _leave(self) -> None:

@@ -54,8 +54,7 @@ class WeightConnection(Protocol):
         """Become member `rank` of 1..size-1 (0 is the sender); blocks until all have.
 
         Returns:
-            The link, for `WeightBucket.open`. Its `end_push()` is called when a push has ended,
-            one way or the other; its `close()` leaves.
+            The link, for `WeightBucket.open`. Its `close()` leaves.
 
         Raises:
             WeightTransferInterrupted: the others did not come in time.
@@ -94,8 +93,12 @@ class WeightSender(Protocol):
         """Sizes and stage times of the last push."""
         ...
 
+    def end_push(self) -> None:
+        """End the open push, if any. Where it is host memory, the next one fills the same."""
+        ...
+
     def close(self) -> None:
-        """Free what is still held of a push."""
+        """End the open push, if any, and free all memory; the connection stays."""
         ...
 
 

@@ -150,7 +150,7 @@ class BucketSender(ABC):
 
         While receivers load a bucket the next one may be asked for. Whoever asks for one says
         that every receiver has loaded all but the last that was given; those are freed then, and
-        the last two by `close`. If `named_tensors` gathers from other ranks, each step is as
+        the last two by `end_push`. If `named_tensors` gathers from other ranks, each step is as
         collective as it is.
 
         Args:
@@ -164,7 +164,7 @@ class BucketSender(ABC):
             comes a second time and WeightTransferInterrupted where a receiver has gone and
             the others cannot be served without it.
         """
-        self.close()
+        self.end_push()
         self._push_checksum = None
         self._times = StageTimes()
         self._push = self._generate(version, self._gathered(named_tensors))
@@ -188,13 +188,17 @@ class BucketSender(ABC):
             for name, value in dataclasses.asdict(self._times).items()
         }
 
-    def close(self) -> None:
-        """End the open push, if any, and free its memory. The sender can be used again."""
+    def end_push(self) -> None:
+        """End the open push, if any, and let go of its buckets. The sender can be used again."""
         if self._push is not None:
             self._push.close()
             self._push = None
         while self._sent:
             self._sent.pop().release()
+
+    def close(self) -> None:
+        """End the open push, if any, and free all memory. The sender can be used again."""
+        self.end_push()
 
     def _generate(
         self, version: int, named_tensors: Iterator[tuple[str, SourceTensor]]

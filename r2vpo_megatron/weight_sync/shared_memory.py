@@ -4,10 +4,10 @@ Each bucket is a file that has no name anywhere (see SharedFile), so nothing can
 Receivers open it through /proc/<sender's pid>/fd/<fd> and map it without copying.
 
 Fresh memory costs more than copying into it (the kernel clears every page, and both sides fault
-each in), so within a push files are filled again and receivers keep their mappings. A receiver
-holds a shared lock (flock) on a file while it has tensors of the bucket (vLLM keeps those of a
-layer that goes on in the next one); a locked file is not filled again. The kernel drops the locks
-of a process that dies.
+each in), so files are filled again, in a push and from push to push, and receivers keep their
+mappings for as long as the sender keeps the files. A receiver holds a shared lock (flock) on a file
+while it has tensors of the bucket (vLLM keeps those of a layer that goes on in the next one); a
+locked file is not filled again. The kernel drops the locks of a process that dies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,18 +27,20 @@ from r2vpo_megatron.weight_sync.device_buffers import BufferWriter
 from r2vpo_megatron.weight_sync.protocol import SourceTensor, aligned
 from r2vpo_megatron.weight_sync.sender import BucketSender, BucketWriter, StageTimes
 
-_KEPT_MAPPINGS = 4  # of a receiver; a sender fills two files in turn, more if some are locked
-
 
 @dataclass(frozen=True)
 class MemfdHandle:
-    """Where a bucket's memory is found: the sender's process and file descriptor there."""
+    """Where a bucket's memory is found: the sender's process and file descriptor there.
+
+    `held` are the names of all files that the sender has; mappings of others are of no use.
+    """
 
     host: str
     pid: int
     fd: int
     name: str
     capacity_bytes: int
+    held: frozenset[str]
 
     def attach(self, link: Any = None) -> memoryview:
         """Map the sender's memory, or take the mapping that `link` has.
@@ -104,7 +106,7 @@ class _Mapping:
 
 
 class SharedMemoryLink:
-    """A receiver's mappings of the files that a push fills again and again."""
+    """A receiver's mappings of the files that pushes fill again and again."""
 
     def __init__(self) -> None:
         self._mappings: dict[str, _Mapping] = {}
@@ -115,19 +117,15 @@ class SharedMemoryLink:
         Raises:
             WeightUpdateError: the memory is not reachable from this process.
         """
+        for name in self._mappings.keys() - handle.held:
+            del self._mappings[name]
         if handle.name not in self._mappings:
-            if len(self._mappings) == _KEPT_MAPPINGS:
-                self.end_push()
             self._mappings[handle.name] = _Mapping(handle)
         return self._mappings[handle.name]
 
-    def end_push(self) -> None:
+    def close(self) -> None:
         """Let go of the files; memory that tensors still use stays until they are gone."""
         self._mappings.clear()
-
-    def close(self) -> None:
-        """Let go of the files."""
-        self.end_push()
 
 
 @dataclass(frozen=True)
@@ -157,18 +155,19 @@ class _MemfdWriter(BufferWriter):
         bucket_bytes: int,
         file: SharedFile,
         times: StageTimes,
+        held: Iterable[str],
         give_back: Callable[[SharedFile], None],
     ) -> None:
         super().__init__(bucket_bytes, file.buffer, times)
         self._file: SharedFile | None = file
+        self._held = frozenset(held)
         self._give_back = give_back
 
     def _publish(self, num_bytes: int) -> MemfdHandle:
         file = self._file
         assert file is not None, "the bucket has been released"
-        return MemfdHandle(
-            socket.gethostname(), os.getpid(), file.fd, file.name, file.capacity_bytes
-        )
+        host, pid = socket.gethostname(), os.getpid()
+        return MemfdHandle(host, pid, file.fd, file.name, file.capacity_bytes, self._held)
 
     def finish(self) -> None:
         """Nothing to wait for: a file is filled again only when no receiver has tensors of it."""
@@ -192,6 +191,7 @@ class SharedMemorySender(BucketSender):
     def __init__(self, bucket_bytes: int = 256 << 20) -> None:
         super().__init__(bucket_bytes)
         self._spare: list[SharedFile] = []
+        self._filled: list[SharedFile] = []
 
     def offer_connection(
         self, host: str, size: int, timeout_seconds: float
@@ -202,25 +202,34 @@ class SharedMemorySender(BucketSender):
     def join_connection(self) -> None:
         """Nothing to join."""
 
+    def end_push(self) -> None:
+        """End the open push, if any; of its buckets the two largest are kept for the next."""
+        super().end_push()
+        self._spare.sort(key=lambda file: file.capacity_bytes)
+        while len(self._spare) > 2:  # more were needed because a receiver still used one
+            self._spare.pop(0).close()
+
     def close(self) -> None:
-        """End the open push, if any, and free its memory. The sender can be used again."""
+        """End the open push, if any, and free all memory. The sender can be used again."""
         super().close()
         while self._spare:
             self._spare.pop().close()
 
     def _new_writer(self, first: SourceTensor) -> BucketWriter:
         num_bytes = aligned(max(self._bucket_bytes, first.numel() * first.element_size()))
-        spare = (f for f in self._spare if f.capacity_bytes >= num_bytes and is_free(f))
-        file = next(spare, None)
+        free = sorted((f for f in self._spare if is_free(f)), key=lambda file: file.capacity_bytes)
+        file = next((f for f in free if f.capacity_bytes >= num_bytes), None)
         if file is None:
+            if free:  # too small for an outsized tensor: the new file takes its place
+                self._spare.remove(free[0])
+                free[0].close()
             file = SharedFile(num_bytes)
         else:
             self._spare.remove(file)
-        return _MemfdWriter(self._bucket_bytes, file, self._times, self._keep)
+        self._filled.append(file)
+        held = (f.name for f in (*self._spare, *self._filled))
+        return _MemfdWriter(self._bucket_bytes, file, self._times, held, self._keep)
 
     def _keep(self, file: SharedFile) -> None:
-        # A file for an outsized tensor is not kept: two of it might be.
-        if file.capacity_bytes == aligned(self._bucket_bytes):
-            self._spare.append(file)
-        else:
-            file.close()
+        self._filled.remove(file)
+        self._spare.append(file)

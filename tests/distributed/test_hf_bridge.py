@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from r2vpo_megatron.checkpoint.hf_bridge import iterate_hf_weights, load_hf_weights
 from r2vpo_megatron.checkpoint.safetensors_io import save_hf_checkpoint
 from r2vpo_megatron.device import get_platform
-from r2vpo_megatron.device.host_memory import MemoryLane
+from r2vpo_megatron.device.process_memory import MemoryOffer
 from r2vpo_megatron.models.pipeline import layers_of_chunks
 from r2vpo_megatron.models.spec import padded_vocab_size, read_model_spec
 from r2vpo_megatron.parallel.state import destroy_parallel, initialize_parallel
@@ -133,10 +134,7 @@ def test_round_trip_is_bit_exact(grid: Grid, folders: dict[str, Path]) -> None:
 def _round_trip_between_hosts(
     rank: int, world_size: int, init_method: str, grid: Grid, folders: dict[str, Path]
 ) -> dict[str, Stream]:
-    def is_elsewhere(address: str) -> None:
-        raise ConnectionRefusedError(111, "Connection refused")
-
-    with patch("r2vpo_megatron.checkpoint.shard_gather.reach_lane", is_elsewhere):
+    with patch.object(MemoryOffer, "is_readable", lambda offer: False):
         return _round_trip(rank, world_size, init_method, grid, folders)
 
 
@@ -145,8 +143,10 @@ def test_round_trip_where_ranks_share_no_memory(folders: dict[str, Path]) -> Non
     _assert_round_trip(GRIDS["tp2"], some, _round_trip_between_hosts)
 
 
-def _bits_in_pieces(rank: int, world_size: int, init_method: str, folder: Path) -> list[Any]:
-    """What a sender does: each tensor is copied to its place before the next is asked for."""
+def _stream_and_change(
+    rank: int, world_size: int, init_method: str, folder: Path
+) -> list[tuple[str, Any]]:
+    """All ranks change their parameters as soon as their stream has ended; rank 0 is slow."""
     from r2vpo_megatron.models.build import build_model
 
     platform, spec = get_platform("cpu"), read_model_spec(folder)
@@ -155,20 +155,21 @@ def _bits_in_pieces(rank: int, world_size: int, init_method: str, folder: Path) 
     )
     chunks = build_model(spec, state, platform)
     load_hf_weights(chunks, spec, state, folder)
-    copies: list[Any] = []
-    # Every shard takes the place of the one before.
-    with patch.object(MemoryLane, "_has_room", lambda lane, tensor: False):
-        for name, pieces in iterate_hf_weights(chunks, spec, state).in_pieces():
-            if pieces is not None:
-                place = torch.empty(pieces.shape, dtype=pieces.dtype)
-                pieces.copy_into(place)
-                copies.append((name, place))
+    copies: list[tuple[str, Any]] = []
+    for name, pieces in iterate_hf_weights(chunks, spec, state).in_pieces():
+        if pieces is not None:
+            place = torch.empty(pieces.shape, dtype=pieces.dtype)
+            pieces.copy_into(place)
+            copies.append((name, place))
+            time.sleep(0.01)
+    for parameter in chunks[0].parameters():
+        parameter.data.fill_(float("nan"))
     destroy_parallel()
     return copies
 
 
-def test_pieces_hold_until_the_next_tensor(folders: dict[str, Path]) -> None:
-    copies, nothing = run_ranks(2, _bits_in_pieces, folders["pangu-untied"])
+def test_no_rank_leaves_the_stream_before_its_shards_are_read(folders: dict[str, Path]) -> None:
+    copies, nothing = run_ranks(2, _stream_and_change, folders["pangu-untied"])
     source = load_file(folders["pangu-untied"] / "model.safetensors")
     assert sorted(name for name, _ in copies) == sorted(source) and nothing == []
     for name, tensor in copies:

@@ -281,8 +281,9 @@ def test_an_incomplete_push_stops_responses_until_a_complete_one(
     pushes.engine.call("weights.begin", pushes.version + 1)
     with pytest.raises(WeightUpdateError, match="not finished"):
         pushes.engine.call("advance", 1.0)
-    pushes.engine.call("weights.abort")
-    with pytest.raises(WeightUpdateError, match="aborted"):
+    with pytest.raises(WeightUpdateError, match="lacks"):
+        pushes.engine.call("weights.finish", pushes.version + 1, 0)
+    with pytest.raises(WeightUpdateError, match="push failed .*lacks"):
         pushes.engine.call("advance", 1.0)
     pushes.push(models[1])
     for generation, request in zip(pushes.finish(), REQUESTS, strict=False):

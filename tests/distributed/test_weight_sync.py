@@ -145,7 +145,7 @@ def push(sender: WeightSender, lines: Sequence[Line], version: int, weights: Any
         for answer in [line.answer() for line in lines]:
             assert answer is None, answer
     assert call_all(lines, "finish", version, sender.push_checksum) == [None] * len(lines)
-    sender.close()
+    sender.end_push()
 
 
 # --- Megatron ranks -> two receivers -------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_another_process_receives_every_bit(bucket_bytes: int) -> None:
     assert received == [(name, bits(tensor)) for name, tensor in NAMED_TENSORS]
 
 
-def test_two_buckets_are_held_and_none_after_the_push_is_closed() -> None:
+def test_two_buckets_are_held_from_push_to_push_and_none_after_the_sender_is_closed() -> None:
     held_while_gathering = []
 
     def gathered() -> Iterator[tuple[str, torch.Tensor]]:
@@ -141,8 +141,32 @@ def test_two_buckets_are_held_and_none_after_the_push_is_closed() -> None:
     assert held == [1] + [2] * (len(NAMED_TENSORS) - 1)
     assert max(held_while_gathering) == 2
     assert sender.push_checksum > 0
+    sender.end_push()
+    assert memfd_count() == 2
+    assert [memfd_count() for _ in sender.buckets(2, NAMED_TENSORS)] == [2] * len(NAMED_TENSORS)
     sender.close()
     assert memfd_count() == 0
+
+
+def test_receivers_map_each_file_once_for_all_pushes_and_no_file_that_has_been_given_up() -> None:
+    sender = SharedMemorySender(bucket_bytes=4096)
+    link = sender.offer_connection("", 2, 1.0).join(1)
+    small = [(f"t{i}", torch.full((1000,), float(i))) for i in range(4)]
+    large = [(f"large{i}", torch.full((1000 * (i + 2),), float(i))) for i in range(3)]
+    mapped = []
+    for version, tensors in enumerate((small, small, small + large, large + small)):
+        for bucket in sender.buckets(version, tensors):
+            opened = bucket.open(link)
+            assert all(torch.equal(opened[name], dict(tensors)[name]) for name in opened)
+            # The sender itself maps each file, too.
+            mapped.append(mapping_count() - memfd_count())
+            del opened
+        sender.end_push()
+    assert max(mapped) == 2 and mapped[1:8] == [2] * 7
+    # Files for outsized tensors took the place of those that were too small: two of the largest.
+    assert sorted(file.capacity_bytes for file in sender._spare) == [16000, 16000]
+    link.close()
+    sender.close()
 
 
 def test_the_last_bucket_can_be_opened_after_the_end_was_asked_for() -> None:
@@ -152,7 +176,8 @@ def test_the_last_bucket_can_be_opened_after_the_end_was_asked_for() -> None:
     assert next(buckets, None) is None
     name, tensor = NAMED_TENSORS[-1]
     assert bits(given[-1].open()[name]) == bits(tensor)
-    with pytest.raises(WeightUpdateError):
+    # The one before may be open still; the one before that has been filled again.
+    with pytest.raises(WeightUpdateError, match="damaged"):
         given[-3].open()
     sender.close()
 
@@ -220,7 +245,7 @@ def test_memory_is_filled_again_unless_a_receiver_still_has_tensors_of_it(connec
     files = [bucket.handle.fd for bucket in sender.buckets(2, tensors)]  # type: ignore[attr-defined]
     assert len(set(files)) == 2
     if link is not None:
-        link.end_push()
+        link.close()
     sender.close()
 
 
