@@ -358,7 +358,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="135M")
     parser.add_argument("--engines", type=int, default=2, help="pushes to 1..N engines, default 2")
     parser.add_argument("--turns", type=int, default=5, help="of each side, default 5")
-    parser.add_argument("--bucket-mib", type=int, default=64, help="default 64")
+    parser.add_argument("--bucket-mib", type=int, default=16, help="default 16")
     parser.add_argument("--backends", nargs="+", default=["shared_memory", "gloo"])
     parser.add_argument("--vllm", action="store_true", help="real vLLM engines")
     parser.add_argument("--scratch", help="folder for files, default the system's")

@@ -13,11 +13,14 @@ from r2vpo_megatron.config.sections import (
     RuntimeConfig,
     TrainConfig,
 )
+from r2vpo_megatron.config.survival import CheckpointConfig, GuardConfig
 
 __all__ = [
     "AlgorithmConfig",
+    "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "ModelConfig",
     "OptimizerConfig",
     "OutputConfig",

@@ -20,6 +20,7 @@ from r2vpo_megatron.config.sections import (
     RuntimeConfig,
     TrainConfig,
 )
+from r2vpo_megatron.config.survival import CheckpointConfig, GuardConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class RunConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

@@ -24,7 +24,7 @@ IntArray = npt.NDArray[np.int64]
 
 _PR_SET_PTRACER = 0x59616D61  # linux/prctl.h
 _MOST_PIECES = 1024  # in a call: IOV_MAX
-_MOST_BYTES = 1 << 20  # of a piece; the kernel's limit is 2 GiB less a page for the call
+_MOST_BYTES = 1 << 30  # in a call; the kernel's limit is 2 GiB less a page
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -150,17 +150,20 @@ def _read(pid: int, address: int, view: Tensor, place: Tensor) -> None:
     Raises:
         OSError: the kernel refuses, or there is no such process or memory.
     """
-    num_dims = min(_contiguous_dims(view), _contiguous_dims(place))
-    address += int(view.storage_offset()) * view.element_size()
-    pieces = _pieces(address, view, num_dims), _pieces(place.data_ptr(), place, num_dims)
-    for start in range(0, len(pieces[0]), _MOST_PIECES):
-        there, here = (np.ascontiguousarray(side[start : start + _MOST_PIECES]) for side in pieces)
-        due = int(here[:, 1].sum())
-        arguments = (here.ctypes.data, len(here), there.ctypes.data, len(there), 0)
-        done = _LIBC.process_vm_readv(pid, *map(ctypes.c_ulong, arguments))
-        if done != due:
-            number = ctypes.get_errno() if done < 0 else errno.EFAULT
-            raise OSError(number, os.strerror(number))
+    num_bytes = place.numel() * place.element_size()
+    there = _pieces(address + int(view.storage_offset()) * view.element_size(), view)
+    here = _pieces(place.data_ptr(), place)
+    if max(len(there), len(here)) > _MOST_PIECES or num_bytes > _MOST_BYTES:
+        dim = next(dim for dim, size in enumerate(place.shape) if size > 1)
+        for view_half, place_half in zip(view.chunk(2, dim), place.chunk(2, dim), strict=True):
+            _read(pid, address, view_half, place_half)
+        return
+    # Both sides may be cut differently: what counts is the order of the bytes.
+    arguments = (here.ctypes.data, len(here), there.ctypes.data, len(there), 0)
+    done = _LIBC.process_vm_readv(pid, *map(ctypes.c_ulong, arguments))
+    if done != num_bytes:
+        number = ctypes.get_errno() if done < 0 else errno.EFAULT
+        raise OSError(number, os.strerror(number))
 
 
 def _contiguous_dims(tensor: Tensor) -> int:
@@ -171,24 +174,19 @@ def _contiguous_dims(tensor: Tensor) -> int:
     return tensor.dim()
 
 
-def _pieces(address: int, tensor: Tensor, num_dims: int) -> IntArray:
-    """Where a tensor's pieces lie that are one in memory: (address, bytes), int64 [pieces, 2].
+def _pieces(address: int, tensor: Tensor) -> IntArray:
+    """Where a tensor lies: (address, bytes) of pieces without a gap, int64 [pieces, 2].
 
     Args:
         address: of its first element.
         tensor: its shape and strides count.
-        num_dims: so many of the last dimensions are one piece.
     """
-    outer = tensor.dim() - num_dims
+    outer = tensor.dim() - _contiguous_dims(tensor)
     addresses = np.array([address], dtype=np.int64)
     for size, stride in zip(tensor.shape[:outer], tensor.stride()[:outer], strict=True):
         steps = np.arange(size, dtype=np.int64) * stride * tensor.element_size()
         addresses = (addresses[:, None] + steps).reshape(-1)
-    # No call may copy more than the kernel takes at once, so long pieces are cut.
-    num_bytes = math.prod(tensor.shape[outer:]) * tensor.element_size()
-    starts = np.arange(0, num_bytes, _MOST_BYTES, dtype=np.int64)
-    sizes = np.minimum(num_bytes - starts, _MOST_BYTES)
-    pieces = np.empty((len(addresses), len(starts), 2), dtype=np.int64)
-    pieces[..., 0] = addresses[:, None] + starts
-    pieces[..., 1] = sizes
-    return pieces.reshape(-1, 2)
+    pieces = np.empty((len(addresses), 2), dtype=np.int64)
+    pieces[:, 0] = addresses
+    pieces[:, 1] = math.prod(tensor.shape[outer:]) * tensor.element_size()
+    return pieces
