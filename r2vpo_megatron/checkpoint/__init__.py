@@ -10,5 +10,9 @@ torch_dist.py              read and write Megatron-core's torch_dist format with
 torch_dist_metadata.py, torch_blob.py, restricted_pickle.py    its parts
 megatron_keys.py           a torch_dist folder seen as Hugging Face tensors
 closing.py                 readers as context managers
+run_folder.py              folders of a run's checkpoints: whole or not there; manifest, hashes
+state_file.py              nested state in files that nothing executes
+run_differences.py         in what a run that goes on differs from the one that was saved
+content_sample.py          tell large files apart in milliseconds
 durable.py                 bring a folder to the disk before it gets its name
 """

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2vpo_megatron.checkpoint.content_sample import add_content_sample
+
 # What decides prompts and ends of responses, beside the weights.
 _SMALL_FILES = (
     "config.json",
@@ -21,8 +23,6 @@ _SMALL_FILES = (
     "model.safetensors.index.json",
 )
 _SLOW_TOKENIZER = ("vocab.json", "merges.txt")  # of a model without tokenizer.json
-_BLOCK_BYTES = 1 << 20
-_BLOCKS_PER_FILE = 32  # a file of fewer bytes than these is read whole
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def find_model(path: str | Path) -> ModelFolder:
 def fingerprint_model(folder: Path) -> str:
     """A hash that differs between models, also between two states of one training.
 
-    Large weight files are sampled: their size, both ends (with the header) and evenly spaced
-    blocks. Training changes weights everywhere, and reading all of a 7B model takes minutes.
+    Large weight files are sampled; see `add_content_sample`.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
@@ -86,8 +85,8 @@ def fingerprint_model(folder: Path) -> str:
         path = folder / name
         if not path.is_file():
             continue
-        digest.update(f"{name}:{path.stat().st_size}:".encode())
-        _add_content(digest, path)
+        digest.update(f"{name}:".encode())
+        add_content_sample(digest, path)
     return digest.hexdigest()
 
 
@@ -122,14 +121,3 @@ def _base_of(config: dict[str, Any]) -> str:
         return ""
     testbed = model.get("testbed")
     return f"tiny {testbed}" if testbed else Path(str(model.get("path", ""))).name
-
-
-def _add_content(digest: Any, path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _BLOCK_BYTES * _BLOCKS_PER_FILE:
-            digest.update(file.read())
-            return
-        for index in range(_BLOCKS_PER_FILE):
-            file.seek((size - _BLOCK_BYTES) * index // (_BLOCKS_PER_FILE - 1))
-            digest.update(file.read(_BLOCK_BYTES))
