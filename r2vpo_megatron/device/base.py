@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -198,6 +198,24 @@ class Platform(ABC):
     def seed(self, seed: int) -> None:
         """Seed torch's generators on the host and on the device."""
         torch.manual_seed(seed)
+
+    def generator_states(self) -> dict[str, Tensor]:
+        """States [N] uint8 of torch's generators on the host and on the device, by device type."""
+        states, device = {"cpu": torch.get_rng_state()}, self.current_device()
+        if device.type != "cpu":
+            states[device.type] = torch.get_device_module(device).get_rng_state(device)
+        return states
+
+    def set_generator_states(self, states: Mapping[str, Tensor]) -> None:
+        """Set what `generator_states` returned; of another platform's, the host's alone.
+
+        Raises:
+            RuntimeError: a state is not one of this version of torch.
+        """
+        torch.set_rng_state(states["cpu"])
+        device = self.current_device()
+        if device.type != "cpu" and device.type in states:
+            torch.get_device_module(device).set_rng_state(states[device.type], device)
 
     @property
     def fuses_adamw(self) -> bool:
