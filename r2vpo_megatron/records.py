@@ -82,6 +82,26 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class UpdateResult:
+    """What came of one optimizer step, the same on every rank.
+
+    Attributes:
+        metrics: of the update; empty where it was not made.
+        fault: why it was not made: what is not finite.
+        sample_ids: of the samples at fault.
+    """
+
+    metrics: dict[str, float]
+    fault: str = ""
+    sample_ids: tuple[str, ...] = ()
+
+    @property
+    def is_made(self) -> bool:
+        """Whether weights were changed."""
+        return not self.fault
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch: S sequences concatenated to T tokens, no padding between them.
 

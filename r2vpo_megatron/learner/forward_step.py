@@ -8,7 +8,7 @@ stage alone and returns (loss sum, denominator count, what to keep).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -152,7 +152,8 @@ def policy_step(head: PolicyHead, settings: LossSettings, checks: HeadChecks) ->
             count = denominator_count(
                 settings.aggregation, len(logprobs), batch.num_counted_responses
             )
-            return loss, _count(count, hidden), statistics
+            kept = replace(statistics, sample_ids=batch.sample_ids)
+            return loss, _count(count, hidden), kept
 
         return _run_model(model, batch), loss_and_statistics
 

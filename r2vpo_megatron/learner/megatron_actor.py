@@ -23,7 +23,9 @@ from r2vpo_megatron.device.base import Platform
 from r2vpo_megatron.learner.forward_step import ForwardStep, PolicyHead, logprob_step, policy_step
 from r2vpo_megatron.learner.head_checks import HeadChecks
 from r2vpo_megatron.learner.micro_batch import MicroBatch
+from r2vpo_megatron.learner.non_finite import NonFiniteUpdate, samples_at_fault
 from r2vpo_megatron.learner.optimizer import make_trainable
+from r2vpo_megatron.learner.run_state import LearnerState
 from r2vpo_megatron.models.build import build_model
 from r2vpo_megatron.models.spec import read_model_spec
 from r2vpo_megatron.parallel.collectives import reduce_statistics
@@ -62,6 +64,7 @@ class MegatronActor:
             temperature=config.rollout.temperature,
             sequence_parallel=config.parallel.sequence_parallel,
         )
+        self._saved_state = LearnerState(self._model, state, platform)
         self._num_updates = 0
 
     def compute_logprobs(
@@ -109,8 +112,8 @@ class MegatronActor:
             global batch, the same on every rank.
 
         Raises:
-            FloatingPointError: on every rank alike, before any weight is changed, where the
-                statistics or the gradient are not finite.
+            NonFiniteUpdate: on every rank alike, before any weight is changed, where log-probs,
+                loss or gradient are not finite.
             RuntimeError: likewise, where a check of the LM head fails (`HeadChecks`).
         """
         algorithm = self._config.algorithm
@@ -128,10 +131,15 @@ class MegatronActor:
         kept = self._run_schedule(step, batches, forward_only=False)
         statistics = reduce_statistics(kept, self._state)
         if not statistics.is_finite:
-            raise FloatingPointError(f"the update's statistics are not finite: {statistics}")
+            names = samples_at_fault(kept, self._state)
+            raise NonFiniteUpdate("log-probs, advantages or loss are not finite", names)
         head_metrics = checks.settle(getattr(torch, self._config.model.dtype))
         lr = self._learning_rate()
-        gradient_norm = self._model.step(lr)
+        try:
+            gradient_norm = self._model.step(lr)
+        except FloatingPointError as error:
+            names = samples_at_fault(kept, self._state, all_of_them=True)
+            raise NonFiniteUpdate(str(error), names) from error
         self._num_updates += 1
         return {
             **statistics.metrics(),
@@ -155,6 +163,22 @@ class MegatronActor:
             save_hf_checkpoint(weights, output_dir, self._model_dir)
         else:
             exhaust(weights)
+
+    def begin_save_state(self, folder: Path) -> None:
+        """Copy all that is trained, and begin to write it; see LearnerState.begin_save."""
+        self._saved_state.begin_save(folder, {"num_updates": self._num_updates})
+
+    def is_state_saved(self) -> bool:
+        """Whether this rank has written what `begin_save_state` copied. No collective."""
+        return self._saved_state.is_saved()
+
+    def finish_save_state(self) -> None:
+        """Wait until all ranks have written; see LearnerState.finish_save."""
+        self._saved_state.finish_save()
+
+    def load_state(self, folder: Path) -> None:
+        """Continue where `begin_save_state` was called, by whatever layout."""
+        self._num_updates = self._saved_state.load(folder)["num_updates"]
 
     def _head_checks(self) -> HeadChecks:
         every = self._config.runtime.head_check_every_updates

@@ -124,6 +124,7 @@ def policy_loss(
     weighted = settings.objective.surrogate(inputs) * _token_weights(tokens, settings, importance_N)
     with torch.no_grad():
         gradient_weights = settings.objective.gradient_weight(inputs)
+        non_finite_N = _non_finite(policy_logprobs_N, tokens, weighted)
     vector = ratio_vector(
         ratios,
         tokens.advantages,
@@ -132,6 +133,7 @@ def policy_loss(
         entropy_N,
         importance_N,
         settings.importance_cap,
+        non_finite_N,
     )
     loss = -weighted.sum()
     if settings.entropy_coefficient:
@@ -142,7 +144,9 @@ def policy_loss(
     staleness = staleness_sums(
         excess, tokens.advantages, tokens.policy_versions, settings.policy_version
     )
-    return loss, MicroBatchStatistics(vector, excess, staleness)
+    at_fault = excess.new_zeros(tokens.num_sequences)
+    at_fault = at_fault.index_add(0, tokens.sequence_ids, non_finite_N.float())
+    return loss, MicroBatchStatistics(vector, excess, staleness, at_fault)
 
 
 def loss_gradient(
@@ -166,6 +170,12 @@ def loss_gradient(
         inputs = _objective_inputs(ratios, tokens, settings)
         weights_N = _token_weights(tokens, settings, _importance_weights(tokens, settings))
         return -settings.objective.gradient_weight(inputs) * weights_N
+
+
+def _non_finite(policy_logprobs_N: Tensor, tokens: ResponseTokens, weighted_N: Tensor) -> Tensor:
+    """[N] bool: tokens with something that is not finite; an infinite ratio would be clamped."""
+    is_finite = policy_logprobs_N.isfinite() & tokens.behavior_logprobs.isfinite()
+    return ~(is_finite & tokens.advantages.isfinite() & weighted_N.isfinite())
 
 
 def _objective_inputs(

@@ -21,7 +21,7 @@ from torch import Tensor
 from r2vpo_megatron.rl.ratios import Ratios
 from r2vpo_megatron.rl.staleness import StalenessBucket, staleness_metrics
 
-NUM_SUMS = 9  # leading entries of a vector that add; then one maximum and one minimum
+NUM_SUMS = 10  # leading entries of a vector that add; then one maximum and one minimum
 VECTOR_LENGTH = NUM_SUMS + 2
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
@@ -31,14 +31,19 @@ class MicroBatchStatistics:
     """What the last stage keeps of a micro-batch until the optimizer step, without gradient.
 
     Attributes:
-        vector: [11] fp32, see `ratio_vector`.
+        vector: [12] fp32, see `ratio_vector`.
         excess: [N] fp32, rho - 1 of its response tokens; N may be 0.
         staleness: [5, 4] fp32, see `rl.staleness.staleness_sums`.
+        non_finite: [num_sequences] fp32, tokens of each response whose log-probs, advantage or
+            loss is not finite.
+        sample_ids: of those responses, where they are known.
     """
 
     vector: Tensor
     excess: Tensor
     staleness: Tensor
+    non_finite: Tensor
+    sample_ids: tuple[str, ...] = ()
 
 
 def ratio_vector(
@@ -49,8 +54,9 @@ def ratio_vector(
     entropy_N: Tensor | None = None,
     importance_N: Tensor | None = None,
     importance_cap: float = 0.0,
+    non_finite_N: Tensor | None = None,
 ) -> Tensor:
-    """[11] fp32 statistics of one micro-batch, in the order of `RatioStatistics`' number fields.
+    """[12] fp32 statistics of one micro-batch, in the order of `RatioStatistics`' number fields.
 
     Args:
         ratios: of the micro-batch's N response tokens; N may be 0.
@@ -60,6 +66,7 @@ def ratio_vector(
         entropy_N: [N] fp32 in nats, where it was computed.
         importance_N: [N] fp32, truncated importance weights, where they are on.
         importance_cap: what they were truncated at.
+        non_finite_N: [N] bool, tokens with something that is not finite, where it was looked for.
     """
     excess = ratios.excess.detach().float()
     zero = excess.new_zeros(())
@@ -75,6 +82,7 @@ def ratio_vector(
             zero if entropy_N is None else entropy_N.detach().float().sum(),
             zero if importance_N is None else importance_N.float().sum(),
             zero if importance_N is None else (importance_N >= importance_cap).float().sum(),
+            zero if non_finite_N is None else non_finite_N.float().sum(),
             zero - 1.0 if is_empty else excess.max(),
             zero + torch.inf if is_empty else excess.min(),
         ]
@@ -82,7 +90,7 @@ def ratio_vector(
 
 
 def merge_vectors(vectors_MK: Tensor) -> Tensor:
-    """[11] float64 from [M, 11] vectors of micro-batches or ranks in their order; M may be 0."""
+    """[12] float64 from [M, 12] vectors of micro-batches or ranks in their order; M may be 0."""
     neutral = torch.tensor([[0.0] * NUM_SUMS + [-1.0, torch.inf]], dtype=torch.float64)
     vectors = torch.cat([neutral.to(vectors_MK.device), vectors_MK.double()])
     return torch.cat(
@@ -128,6 +136,7 @@ class RatioStatistics:
         entropy: sum of the policy's entropy, in nats, where it was computed.
         importance: sum of truncated importance weights; 0 where they are off.
         truncated: tokens whose importance weight was cut at its cap.
+        non_finite: tokens whose log-probs, advantage or loss is not finite.
         max_excess, min_excess: extremes of rho - 1.
         staleness: sums by how old the tokens are, of the buckets that have some.
     """
@@ -142,6 +151,7 @@ class RatioStatistics:
     entropy: float
     importance: float
     truncated: float
+    non_finite: float
     max_excess: float
     min_excess: float
     staleness: tuple[StalenessBucket, ...] = ()
@@ -156,9 +166,9 @@ class RatioStatistics:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every sum is a finite number; the extremes of an empty batch are not asked."""
+        """Whether every token's part and every sum is finite; extremes are not asked."""
         sums = [field.name for field in fields(self)[1 : 1 + NUM_SUMS]]
-        return all(math.isfinite(getattr(self, name)) for name in sums)
+        return self.non_finite == 0 and all(math.isfinite(getattr(self, name)) for name in sums)
 
     @property
     def second_moment(self) -> float:

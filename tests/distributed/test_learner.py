@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -226,40 +225,3 @@ def test_weight_decay_spares_biases_and_norms(
         spared = name.endswith(".bias") or "norm" in name
         expected = weight if spared else weight * (1 - 0.5 * 0.2)
         torch.testing.assert_close(after[name], expected, msg=name)
-
-
-def update_with_poison(
-    rank: int,
-    world_size: int,
-    init_method: str,
-    config: RunConfig,
-    model_dir: Path,
-    advantage: float,
-) -> tuple[str, bool]:
-    """What the error said, and whether the weights are as they were."""
-    actor, state = start_actor(rank, world_size, init_method, config, model_dir)
-    before = copied_weights(actor)
-    poisoned = [replace(trajectory, advantage=advantage) for trajectory in TRAJECTORIES]
-    message = ""
-    try:
-        actor.update(rank_batches(poisoned, config.parallel, state), RATIO_PENALTY, 0)
-    except FloatingPointError as error:
-        message = str(error)
-    after = copied_weights(actor)
-    unchanged = all(torch.equal(after[name], weight) for name, weight in before.items())
-    destroy_parallel()
-    return message, unchanged
-
-
-@pytest.mark.parametrize(
-    ("advantage", "culprit"),
-    [(math.nan, "statistics"), (1e30, "gradient norm")],  # the latter's statistics are finite
-)
-def test_what_is_not_finite_changes_no_weight_on_any_rank(
-    checkpoint: tuple[Path, torch.nn.Module], advantage: float, culprit: str
-) -> None:
-    config = run_config(ParallelConfig(tensor=2))
-    for message, unchanged in run_ranks(2, update_with_poison, config, checkpoint[0], advantage):
-        assert culprit in message
-        assert "not finite" in message
-        assert unchanged

@@ -34,7 +34,7 @@ def kept_of(log_ratio: torch.Tensor, versions: torch.Tensor) -> MicroBatchStatis
     ones = torch.ones_like(log_ratio)
     vector = ratio_vector(ratios, ones, ones, log_ratio)
     staleness = staleness_sums(ratios.excess, log_ratio.abs(), versions, POLICY_VERSION)
-    return MicroBatchStatistics(vector, ratios.excess, staleness)
+    return MicroBatchStatistics(vector, ratios.excess, staleness, torch.zeros(1))
 
 
 def all_log_ratios() -> torch.Tensor:
