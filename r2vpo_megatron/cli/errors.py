@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from r2vpo_megatron.observability.redaction import redact
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 TRACEBACK_FLAG = "--traceback"
+OTHERS_WRITE = 0o022  # file mode bits: what a run writes, it alone may change
 
 # Importable name of an optional package -> extra of this project that brings it.
 PACKAGE_EXTRAS = {
@@ -45,22 +49,28 @@ class RunFailed(Exception):
     Args:
         error: What ended it; an exception of a Ray task carries the worker's own as `cause`.
         path: Where to write the traceback; only a short message is printed.
+        hint: What can be done now, in a line.
     """
 
-    def __init__(self, error: BaseException, path: Path) -> None:
+    def __init__(self, error: BaseException, path: Path, hint: str = "") -> None:
         cause = getattr(error, "cause", None)
         root = cause if isinstance(cause, BaseException) else error
         text = str(root).strip() or "no message"
         message = f"the run failed: {type(root).__name__}: {text.splitlines()[0]}"
         # A folder that cannot be written must not hide the error itself.
         with contextlib.suppress(OSError):
-            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            path.write_text(_format_traceback(error), encoding="utf-8")
             message += f"\ntraceback: {path}"
-        super().__init__(message)
+        if hint:
+            message += f"\n{hint}"
+        super().__init__(redact(message))
 
 
 def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Run a command and turn what it raises into a short message and an exit code.
+
+    Whatever the user's umask, group and others cannot write to files that the command makes.
+    Secrets of the environment are hidden in messages and tracebacks.
 
     Args:
         command: Takes the arguments without `--traceback`, returns the exit code.
@@ -68,6 +78,8 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = TRACEBACK_FLAG in arguments
+    mask_before = os.umask(0o077)
+    os.umask(mask_before | OTHERS_WRITE)  # for this process and all that it starts
     try:
         return command([argument for argument in arguments if argument != TRACEBACK_FLAG])
     except KeyboardInterrupt:
@@ -76,10 +88,16 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
     except Exception as error:  # the command's end, whatever it was; nothing goes unreported
         message = user_message(error)
         if message is None or show_traceback:
-            traceback.print_exception(error)
+            print(_format_traceback(error), end="", file=sys.stderr)
         if message is not None:
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {redact(message)}", file=sys.stderr)
         return EXIT_BAD_INPUT if message and not isinstance(error, RunFailed) else EXIT_FAILED
+    finally:
+        os.umask(mask_before)
+
+
+def _format_traceback(error: BaseException) -> str:
+    return redact("".join(traceback.format_exception(error)))
 
 
 def user_message(error: BaseException) -> str | None:

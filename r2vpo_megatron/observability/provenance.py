@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from r2vpo_megatron.observability.redaction import redact_arguments, redact_values
+
 # What results depend on; not the whole environment, which the lock file holds.
 PACKAGES = (
     "r2vpo-megatron",
@@ -33,14 +35,14 @@ PACKAGES = (
 def collect_provenance(source_dir: Path | None = None) -> dict[str, Any]:
     """Describe this process: time, command, Python, machine, package versions, git commit.
 
-    Nothing is imported for it. Packages that are not installed are left out.
+    Nothing is imported for it. Packages that are not installed and secrets are left out.
 
     Args:
         source_dir: A folder inside the git checkout to name; this package's own by default.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": redact_arguments(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
@@ -55,7 +57,8 @@ def write_run_config(
 ) -> Path:
     """Write `run_dir/config.json`: recipe, resolved configuration, model and provenance.
 
-    A resumed run replaces the file as a whole, never leaving half of it.
+    A resumed run replaces the file as a whole, never leaving half of it. Secrets of the
+    environment and logins in URLs are hidden.
 
     Args:
         run_dir: Folder of the run, made if missing.
@@ -65,12 +68,14 @@ def write_run_config(
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.json"
-    content = {
-        "recipe": recipe,
-        "config": dict(config),
-        "model_dir": str(model_dir),
-        "provenance": collect_provenance(),
-    }
+    content = redact_values(
+        {
+            "recipe": recipe,
+            "config": dict(config),
+            "model_dir": str(model_dir),
+            "provenance": collect_provenance(),
+        }
+    )
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
