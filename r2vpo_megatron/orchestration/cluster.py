@@ -16,7 +16,9 @@ from typing import Any
 import ray
 
 from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.orchestration.ray_isolation import private_environment, warn_if_open
 
+WAITS_PER_DEADLINE = 8  # of which one at most passes while the driver itself is stopped
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
@@ -24,37 +26,55 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
     """Join the Ray cluster at `runtime.ray_address`, or start one on this machine for the block.
 
-    A cluster that is started here ends with the block, also on an exception or SIGTERM; one that
-    is joined is left, and its actors of this run end with their driver.
+    A cluster that is started here is closed to others (`private_environment`) and ends with the
+    block, also on an exception or SIGTERM; one that is joined is left, and its actors of this run
+    end with their driver.
 
     Args:
         config: of the run.
         resources: what the run's actors need in all, by Ray's names (CPU, GPU, NPU).
 
     Raises:
-        RuntimeError: the cluster has less than that.
+        RuntimeError: the cluster has less than that, or cannot be joined.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.runtime.ray_address:
-        options["address"] = config.runtime.ray_address
-    else:
-        options |= {
-            "address": "local",  # RAY_ADDRESS in the environment must not decide
-            # Ray starts workers by `bash -c`, without quoting the interpreter's path
-            # (ray/_private/runtime_env/context.py, exec_worker).
-            "runtime_env": {"py_executable": shlex.quote(sys.executable)},
-            "num_cpus": max(os.cpu_count() or 1, resources["CPU"]),
-            "include_dashboard": False,
-            "object_store_memory": config.runtime.object_store_bytes,
-        }
-    try:
-        ray.init(**options)
+    with contextlib.ExitStack() as stack:
+        if config.runtime.ray_address:
+            stack.callback(ray.shutdown)
+            _join(config.runtime.ray_address, options)
+        else:
+            stack.enter_context(private_environment())
+            stack.callback(ray.shutdown)  # before its token goes
+            ray.init(**options, **_own_cluster(config, resources))
         with _terminate_by_exception():  # after init, which installs a handler of its own
             _require_resources(resources)
             yield
-    finally:
-        ray.shutdown()
+
+
+def _own_cluster(config: RunConfig, resources: dict[str, int]) -> dict[str, Any]:
+    """What ray.init is told of a cluster that it is to start."""
+    return {
+        "address": "local",  # RAY_ADDRESS in the environment must not decide
+        # Ray starts workers by `bash -c`, without quoting the interpreter's path
+        # (ray/_private/runtime_env/context.py, exec_worker).
+        "runtime_env": {"py_executable": shlex.quote(sys.executable)},
+        "num_cpus": max(os.cpu_count() or 1, resources["CPU"]),
+        "include_dashboard": False,
+        "object_store_memory": config.runtime.object_store_bytes,
+    }
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise RuntimeError(
+            f"runtime.ray_address = {address!r}: Ray does not let this run in ({error}); where it "
+            "asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file of that "
+            "cluster's token"
+        ) from error
+    warn_if_open()
 
 
 def _require_resources(needed: dict[str, int]) -> None:
@@ -83,20 +103,46 @@ def _terminate_by_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def wait_for(reference: Any, watched: Sequence[Any], timeout_seconds: float) -> Any:
+def get_in_time(references: Any, timeout_seconds: float, stage: str) -> Any:
+    """What ray.get gives.
+
+    Args:
+        references: one, or a list.
+        timeout_seconds: from now on, for all of them; time in which this process itself was
+            stopped does not count.
+        stage: what is waited for, for the error.
+
+    Raises:
+        TimeoutError: not all results came in time.
+    """
+    for _ in range(WAITS_PER_DEADLINE):
+        with contextlib.suppress(ray.exceptions.GetTimeoutError):
+            return ray.get(references, timeout=timeout_seconds / WAITS_PER_DEADLINE)
+    raise TimeoutError(_no_answer(stage, timeout_seconds))
+
+
+def wait_for(reference: Any, watched: Sequence[Any], timeout_seconds: float, stage: str) -> Any:
     """The result of one remote call, or at once the error of another that it depends on.
 
     Raises:
-        TimeoutError: neither came in time.
+        TimeoutError: nothing came in time, as in `get_in_time`.
     """
-    pending = [reference, *watched]
-    while True:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=timeout_seconds)
+    pending, waits_left = [reference, *watched], WAITS_PER_DEADLINE
+    while waits_left:
+        seconds = timeout_seconds / WAITS_PER_DEADLINE
+        ready, pending = ray.wait(pending, num_returns=1, timeout=seconds)
         if not ready:
-            raise TimeoutError(f"no answer from a worker in {timeout_seconds:g} s")
+            waits_left -= 1
+            continue
+        waits_left = WAITS_PER_DEADLINE
         result = ray.get(ready[0])
         if ready[0] == reference:
             return result
+    raise TimeoutError(_no_answer(stage, timeout_seconds))
+
+
+def _no_answer(stage: str, timeout_seconds: float) -> str:
+    return f"{stage}: no answer in {timeout_seconds:g} s (runtime.timeout_seconds)"
 
 
 def current_node_id() -> str:

@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
-
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.evaluation import results
 from r2vpo_megatron.evaluation.runner import Judge, chunk_size
 from r2vpo_megatron.evaluation.scores import summarize
 from r2vpo_megatron.observability import collect_provenance
 from r2vpo_megatron.observability.work_progress import WorkProgress
-from r2vpo_megatron.orchestration.cluster import ray_session
+from r2vpo_megatron.orchestration.cluster import get_in_time, ray_session
 from r2vpo_megatron.orchestration.evaluation_inputs import PreparedEvaluation
 from r2vpo_megatron.orchestration.placement import needed_resources
 from r2vpo_megatron.orchestration.rollout_pool import RolloutPool
+from r2vpo_megatron.orchestration.watchdog import explain_timeouts
 
 START_UP = "(start-up)"  # of the engines, beside the benchmarks' times; no benchmark's name
 
@@ -47,7 +46,7 @@ def _make_remaining(prepared: PreparedEvaluation) -> None:
         rollout.max_num_seqs,
         options.chunk_responses,
     )
-    with _engines(prepared.config, prepared.model.folder) as pool:
+    with _engines(prepared.config, prepared.model.folder, prepared.folder) as pool:
         prepared.log.append_seconds({START_UP: round(time.monotonic() - started, 6)})
         with WorkProgress(evaluation.totals, evaluation.done) as progress:
             pool.on_event = progress.message
@@ -61,14 +60,15 @@ def _make_remaining(prepared: PreparedEvaluation) -> None:
 
 
 @contextmanager
-def _engines(config: RunConfig, model_dir: Path) -> Iterator[RolloutPool]:
+def _engines(config: RunConfig, model_dir: Path, folder: Path) -> Iterator[RolloutPool]:
     """The engines, ready; gone, with their Ray, however the block ends."""
     with ray_session(config, needed_resources(config, with_learner=False)):
         pool = RolloutPool(config, model_dir)
         try:
-            ray.get(pool.begin_start(), timeout=config.runtime.timeout_seconds)
-            pool.finish_start()
-            yield pool
+            with explain_timeouts(0, folder / "stacks.txt"):
+                get_in_time(pool.begin_start(), config.runtime.timeout_seconds, "start")
+                pool.finish_start()
+                yield pool
         finally:
             pool.stop()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.orchestration.cluster import current_node_id
+from r2vpo_megatron.orchestration.watchdog import ENGINE, announce
 from r2vpo_megatron.records import FloatArray, Generation
 from r2vpo_megatron.rollout.dispatch import Additions
 from r2vpo_megatron.rollout.engine import EngineReport
@@ -22,6 +23,7 @@ class RolloutWorker:
     def __init__(self, config: RunConfig, model_dir: Path) -> None:
         """Remember what `start` needs; vLLM is imported there."""
         self._config, self._model_dir = config, model_dir
+        self._heartbeat = announce(ENGINE)
 
     def node_id(self) -> str:
         """Ray's id of the node this worker is on."""
@@ -41,17 +43,18 @@ class RolloutWorker:
         from r2vpo_megatron.rollout.vllm_engine import VLLMEngine
 
         rollout = self._config.rollout
-        self._engine = VLLMEngine(
-            self._model_dir,
-            dtype=self._config.model.dtype,
-            max_model_len=self._config.max_sequence_tokens,
-            kv_cache_bytes=rollout.kv_cache_bytes,
-            max_num_seqs=rollout.max_num_seqs,
-            tensor_parallel=rollout.tensor_parallel,
-            seed=self._config.train.seed,
-            device_name=self._config.runtime.device,
-            memory_fraction=rollout.memory_fraction,
-        )
+        with self._heartbeat.stage("start"):
+            self._engine = VLLMEngine(
+                self._model_dir,
+                dtype=self._config.model.dtype,
+                max_model_len=self._config.max_sequence_tokens,
+                kv_cache_bytes=rollout.kv_cache_bytes,
+                max_num_seqs=rollout.max_num_seqs,
+                tensor_parallel=rollout.tensor_parallel,
+                seed=self._config.train.seed,
+                device_name=self._config.runtime.device,
+                memory_fraction=rollout.memory_fraction,
+            )
         return self.shared_segments()
 
     def shared_segments(self) -> tuple[str, ...]:
@@ -60,9 +63,10 @@ class RolloutWorker:
 
     def advance(self, additions: Additions, seconds: float) -> EngineReport:
         """Queue requests and sample for a slice of time; see `RolloutEngine`."""
-        for requests, sampling in additions:
-            self._engine.add_requests(requests, sampling)
-        return self._engine.advance(seconds)
+        with self._heartbeat.stage("advance"):
+            for requests, sampling in additions:
+                self._engine.add_requests(requests, sampling)
+            return self._engine.advance(seconds)
 
     def abort_requests(self) -> list[Generation]:
         """See `RolloutEngine.abort_requests`."""
@@ -70,7 +74,8 @@ class RolloutWorker:
 
     def score(self, token_id_lists: Sequence[Sequence[int]]) -> list[FloatArray]:
         """See `RolloutEngine.score`."""
-        return self._engine.score(token_id_lists)
+        with self._heartbeat.stage("score"):
+            return self._engine.score(token_id_lists)
 
     def connect_weight_transfer(self, connection: Any, first_rank: int) -> None:
         """See `WeightReceiver.connect`."""
@@ -82,7 +87,8 @@ class RolloutWorker:
 
     def load_weight_bucket(self, bucket: WeightBucket) -> dict[str, float]:
         """See `WeightReceiver.load`."""
-        return self._engine.weights.load(bucket)
+        with self._heartbeat.stage("load_weight_bucket"):
+            return self._engine.weights.load(bucket)
 
     def finish_weight_update(self, version: int, checksum: int) -> dict[str, float]:
         """See `WeightReceiver.finish`."""

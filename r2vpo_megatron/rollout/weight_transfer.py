@@ -7,11 +7,14 @@ source tree that is not installed.
 
 from __future__ import annotations
 
+from r2vpo_megatron.observability.stacks import write_stacks_when_asked
+
 BACKEND_NAME = "r2vpo"
 
 
 def register_weight_transfer() -> None:
     """Register the weight transfer engine. May be called any number of times."""
+    write_stacks_when_asked()  # the first code of this project that an engine's processes run
     # vLLM reads the environment while it is imported, so not with this module.
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
