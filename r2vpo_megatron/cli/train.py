@@ -1,14 +1,20 @@
-"""Train: `python -m r2vpo_megatron.cli.train RECIPE_FILE.py:function [--section.field value]`."""
+"""Train: `python -m r2vpo_megatron.cli.train RECIPE_FILE.py:function [--section.field value]`.
+
+`--resume auto` or `--resume FOLDER` is short for `--checkpoint.resume`.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from r2vpo_megatron.cli.command_line import parse_command_line
 from r2vpo_megatron.cli.errors import RunFailed, run_command
 
 PROGRAM = "python -m r2vpo_megatron.cli.train"
+_RESUME = re.compile(r"^--resume(=|$)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    command = parse_command_line(PROGRAM, "Trains a model by a recipe.", arguments)
+    arguments = [_RESUME.sub(r"--checkpoint.resume\1", argument) for argument in arguments]
+    command = parse_command_line(
+        PROGRAM, "Trains a model by a recipe; --resume is --checkpoint.resume.", arguments
+    )
     # Torch and Ray come with these: seconds that a wrong field should not have to wait for.
     from r2vpo_megatron.orchestration.inputs import prepare_run
     from r2vpo_megatron.orchestration.run import run_training
@@ -26,8 +35,20 @@ def _train(arguments: list[str]) -> int:
     try:
         run_training(run)
     except Exception as error:
-        raise RunFailed(error, run.run_dir / "error.txt") from error
+        raise RunFailed(
+            error, run.run_dir / "error.txt", hint=_how_to_go_on(run.run_dir)
+        ) from error
     return 0
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    """What is left of a failed run to go on from."""
+    from r2vpo_megatron.checkpoint.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
+
+    checkpoints = list_checkpoints(run_dir / CHECKPOINTS_FOLDER)
+    if not checkpoints:
+        return ""
+    return f"the last checkpoint is {checkpoints[0]}: --resume {run_dir} goes on from there"
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ class PromptStream(Generic[PromptT]):
         self._prompts = tuple(prompts)
         self._seed = seed
         self._batch_size = prompts_per_iteration
-        self._prompts_sha256 = _fingerprint(self._prompts)
+        self._prompts_sha256 = fingerprint_prompts(self._prompts)
         self._epoch = 0
         self._order = self._shuffled(0)
         self.num_served = 0
@@ -253,7 +253,7 @@ class PromptStream(Generic[PromptT]):
         return generator.permutation(len(self._prompts)).astype(np.int64)
 
 
-def _fingerprint(prompts: Sequence[ServedPrompt]) -> str:
+def fingerprint_prompts(prompts: Sequence[ServedPrompt]) -> str:
     """The hash of what is served: ids made of row numbers outlive another file's rows."""
     digest = hashlib.sha256()
     for prompt in prompts:

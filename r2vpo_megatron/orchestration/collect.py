@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,26 @@ class Collector:
         }
         return Collected(trajectories, metrics, LogprobGap(gap_before.sequences + gap.sequences))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was started, in JSON values; what has come in of it is not kept."""
+        return {"prompts": self.prompts.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken: what was under way is sampled again.
+
+        Names and seeds are those of before, so that as far as weights and engines are the same the
+        responses are.
+
+        Raises:
+            ValueError: the prompts are not those of before.
+        """
+        self.prompts.load_state_dict(state["prompts"])
+        self.schedule.load_state_dict(
+            state["schedule"],
+            lambda number: (self.prompts.prompt_at(number), self._sample_ids(number)),
+        )
+        self._submit(self.schedule.under_way)
+
     def _compare_while_idle(self) -> LogprobGap:
         """Let engines that have run ahead of the learner and out of work score a few responses.
 
@@ -106,23 +127,31 @@ class Collector:
 
     def _start_groups(self, iteration: int) -> None:
         """Hand the engines what may be under way while this iteration is waited for."""
-        size, seed = self.config.train.responses_per_prompt, self.config.train.seed
-        batch_size = self.config.train.prompts_per_iteration
-        requests = []
+        num_before = len(self.schedule.under_way)
         for prompt in self.prompts.take(self.schedule.num_startable(iteration)):
-            batch, index = divmod(self.schedule.num_started, batch_size)
-            group = [
-                GenerationRequest(
-                    sample_id=f"{batch + 1:06d}.{index:05d}.{response:03d}",
-                    prompt_token_ids=prompt.token_ids,
-                    seed=_request_seed(seed, batch + 1, index, response),
-                )
-                for response in range(size)
-            ]
-            names = tuple(request.sample_id for request in group)
+            names = self._sample_ids(self.schedule.num_started)
             self.schedule.start(prompt, names, iteration)
-            requests += group
+        self._submit(self.schedule.under_way[num_before:])
+
+    def _submit(self, groups: Sequence[Group]) -> None:
+        requests = [
+            GenerationRequest(
+                sample_id=sample_id,
+                prompt_token_ids=group.prompt.token_ids,
+                seed=_request_seed(self.config.train.seed, sample_id),
+            )
+            for group in groups
+            for sample_id in group.sample_ids
+        ]
         self.rollout.submit(requests, self._sampling())
+
+    def _sample_ids(self, number: int) -> tuple[str, ...]:
+        """Names of a group's responses: its batch from 1 on, its place there, the response."""
+        batch, index = divmod(number, self.config.train.prompts_per_iteration)
+        return tuple(
+            f"{batch + 1:06d}.{index:05d}.{response:03d}"
+            for response in range(self.config.train.responses_per_prompt)
+        )
 
     def _sampling(self) -> SamplingSettings:
         rollout = self.config.rollout
@@ -184,9 +213,10 @@ class Collector:
         ], gap_of_samples(trajectories, computed, version)
 
 
-def _request_seed(seed: int, batch: int, index: int, response: int) -> int:
+def _request_seed(seed: int, sample_id: str) -> int:
     """A 32-bit seed of one response, whatever engine samples it and when."""
-    return int(np.random.SeedSequence([seed, batch, index, response]).generate_state(1)[0])
+    place = [int(part) for part in sample_id.split(".")]
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
 
 
 def _response_metrics(generations: Sequence[Generation]) -> Metrics:

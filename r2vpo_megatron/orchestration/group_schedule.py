@@ -13,8 +13,9 @@ max_staleness versions old.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.records import Prompt
@@ -95,6 +96,31 @@ class GroupSchedule:
         """Forget groups that have been learned from."""
         for group in groups:
             del self._under_way[group.number]
+
+    @property
+    def under_way(self) -> list[Group]:
+        """Groups that were started and not learned from, in the order of their prompts."""
+        return list(self._under_way.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; prompts and sample ids follow from the numbers."""
+        latest = [[group.number, group.latest_iteration] for group in self._under_way.values()]
+        return {"num_started": self._num_started, "under_way": latest}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], group_of: Callable[[int], tuple[Prompt, tuple[str, ...]]]
+    ) -> None:
+        """Continue where `state_dict` was taken.
+
+        Args:
+            state: of a run with the same prompts and sizes.
+            group_of: prompt and sample ids of a group by its number.
+        """
+        self._num_started = state["num_started"]
+        self._under_way = {
+            number: Group(number, *group_of(number), latest)
+            for number, latest in state["under_way"]
+        }
 
     def metrics(self) -> Mapping[str, float]:
         """Groups under way once an iteration's own have been taken out."""

@@ -7,16 +7,19 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from r2vpo_megatron.checkpoint.megatron_keys import open_checkpoint
+from r2vpo_megatron.checkpoint.run_differences import fingerprint_model, fingerprint_tokenizer
 from r2vpo_megatron.checkpoint.tensor_check import check_tensors, entries_of
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.config.checks import require, require_choice
 from r2vpo_megatron.data.chat import CHAT_TEMPLATES, ChatTokenizer, tokenize_prompts
-from r2vpo_megatron.data.prompts import load_prompts
+from r2vpo_megatron.data.prompts import fingerprint_prompts, load_prompts
 from r2vpo_megatron.device import get_platform
 from r2vpo_megatron.models.spec import ModelSpec, read_model_spec, validate_layout
 from r2vpo_megatron.observability import write_run_config
+from r2vpo_megatron.orchestration.resume import find_resume_point, require_same_run
 from r2vpo_megatron.records import Prompt
 from r2vpo_megatron.rewards import FORMAT_CHECKS, RewardFunction, load_reward
 from r2vpo_megatron.rewards.preflight import check_answer_form
@@ -33,7 +36,9 @@ class PreparedRun:
     Attributes:
         config: resolved: concrete device, absolute paths.
         recipe: where the configuration came from, `file.py:function`.
-        run_dir: the run's own new folder, holding config.json.
+        run_dir: the run's own folder, holding config.json.
+        resume: folder of the checkpoint that it goes on from; None for a run that begins.
+        facts: what its checkpoints say of it, in JSON values.
         model_dir: the checkpoint to start from.
         spec: its architecture.
         tokenizer: its tokenizer and chat template.
@@ -43,6 +48,8 @@ class PreparedRun:
     config: RunConfig
     recipe: str
     run_dir: Path
+    resume: Path | None
+    facts: dict[str, Any]
     model_dir: Path
     spec: ModelSpec
     tokenizer: ChatTokenizer
@@ -80,18 +87,45 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     # The testbed's model learns the form in its warm start; its own prompts do not ask for one.
     if config.data.check_answer_form and config.data.train_prompts:
         _check_answer_form(train_path, train_prompts, reward)
-    run_dir = _make_run_dir(config, recipe)
+    facts = _facts(config, recipe, model_dir, train_prompts)
+    point = find_resume_point(config, _say)
+    manifest = point.manifest if point else None
+    if manifest is not None:
+        require_same_run(manifest, facts, config, _say)
+        _say(f"goes on from {manifest.folder}")
+    run_dir = point.run_dir if point else _make_run_dir(config, recipe)
     write_run_config(run_dir, config.to_dict(), recipe, model_dir)
     return PreparedRun(
         config=config,
         recipe=recipe,
         run_dir=run_dir,
+        resume=manifest.folder if manifest else None,
+        facts=facts,
         model_dir=model_dir,
         spec=spec,
         tokenizer=tokenizer,
         train_prompts=train_prompts,
         held_out_prompts=held_out_prompts[: config.evaluation.num_prompts],
     )
+
+
+def _facts(
+    config: RunConfig, recipe: str, model_dir: Path, train_prompts: list[Prompt]
+) -> dict[str, Any]:
+    """What makes a run the same run."""
+    return {
+        "recipe": recipe,
+        "config": config.to_dict(),
+        "fingerprints": {
+            "model": fingerprint_model(model_dir, config.model.weights),
+            "tokenizer": fingerprint_tokenizer(model_dir),
+            "train_prompts": fingerprint_prompts(train_prompts),
+        },
+    }
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _require_packages(config: RunConfig) -> None:

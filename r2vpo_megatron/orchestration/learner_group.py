@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import ray
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.packing import pack_trajectories, packing_statistics
-from r2vpo_megatron.orchestration.cluster import wait_for
+from r2vpo_megatron.orchestration.cluster import get_in_time, wait_for
 from r2vpo_megatron.orchestration.learner_worker import LearnerWorker
 from r2vpo_megatron.orchestration.placement import actor_options
-from r2vpo_megatron.records import FloatArray, Trajectory
+from r2vpo_megatron.records import FloatArray, Trajectory, UpdateResult
 from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
 from r2vpo_megatron.weight_sync.protocol import WeightBucket, WeightConnection
+
+PUSH_STAGE = "weight push"
 
 
 class LearnerGroup:
@@ -44,22 +47,21 @@ class LearnerGroup:
 
     def begin_start(self) -> list[Any]:
         """Begin building the model in every rank; references to wait for."""
-        init_method = ray.get(self._ranks[0].rendezvous_address.remote(), timeout=self._timeout)
+        init_method = self._get(self._ranks[0].rendezvous_address.remote(), "start of rank 0")
         self._starts = [rank.start.remote(init_method) for rank in self._ranks]
         return self._starts
 
     def finish_start(self) -> None:
         """Wait until every rank is ready, and learn which batches it wants."""
-        self._data_ranks = ray.get(self._starts, timeout=self._timeout)
+        self._data_ranks = self._get(self._starts, "start")
 
     def node_id(self) -> str:
         """The node of rank 0, which sends the weights."""
-        return str(ray.get(self._ranks[0].node_id.remote(), timeout=self._timeout))
+        return str(self._get(self._ranks[0].node_id.remote(), "start of rank 0"))
 
     def memory_metrics(self) -> dict[str, float]:
         """Resident memory of the rank that holds most, as `memory/learner_bytes`."""
-        sizes = [rank.resident_bytes.remote() for rank in self._ranks]
-        return {"memory/learner_bytes": float(max(ray.get(sizes, timeout=self._timeout)))}
+        return {"memory/learner_bytes": float(max(self._call_all("resident_bytes")))}
 
     def compute_logprobs(
         self, trajectories: Sequence[Trajectory], temperature: float | None = None
@@ -75,8 +77,8 @@ class LearnerGroup:
 
     def update(
         self, trajectories: Sequence[Trajectory], ratio_penalty: float, policy_version: int
-    ) -> dict[str, float]:
-        """One optimizer step on these samples; its metrics.
+    ) -> UpdateResult:
+        """One optimizer step on these samples.
 
         Args:
             trajectories: of one mini-batch; the same sample may occur more than once.
@@ -86,11 +88,32 @@ class LearnerGroup:
         results, packing = self._call_with_batches(
             "update", trajectories, ratio_penalty, policy_version
         )
-        return {**results[0], **packing}
+        result: UpdateResult = results[0]
+        return replace(result, metrics=result.metrics | packing)
+
+    def begin_save_state(self, folder: Path) -> None:
+        """Let every rank begin to write its part of the learner's state; see LearnerState."""
+        self._call_all("begin_save_state", folder)
+
+    def is_state_saved(self) -> bool:
+        """Whether all ranks have written."""
+        return all(self._call_all("is_state_saved"))
+
+    def finish_save_state(self) -> None:
+        """Wait until all ranks have written.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
+        self._call_all("finish_save_state")
+
+    def load_state(self, folder: Path) -> None:
+        """Continue where `begin_save_state` was called; any layout may have written it."""
+        self._call_all("load_state", folder)
 
     def save_hf(self, output_dir: Path) -> None:
         """Write the weights as a Hugging Face checkpoint."""
-        ray.get([rank.save_hf.remote(output_dir) for rank in self._ranks], timeout=self._timeout)
+        self._call_all("save_hf", output_dir)
 
     def offer_weight_connection(self, size: int) -> WeightConnection | None:
         """Where receivers can meet rank 0; None if the back end needs no connection.
@@ -102,7 +125,7 @@ class LearnerGroup:
         # themselves be taken for hanging.
         timeout_seconds = self._config.rollout.hang_seconds / 2
         offered = self._ranks[0].offer_weight_connection.remote(size, timeout_seconds)
-        connection: WeightConnection | None = ray.get(offered, timeout=self._timeout)
+        connection: WeightConnection | None = self._get(offered, "offer of a connection")
         return connection
 
     def begin_joining(self) -> Any:
@@ -115,13 +138,13 @@ class LearnerGroup:
         Raises:
             WeightTransferInterrupted: the receivers did not come.
         """
-        ray.get(reference, timeout=self._timeout)
+        self._get(reference, "connection to the engines")
 
     def begin_weight_push(self, version: int) -> None:
         """Let all ranks begin to gather the weights, as `version`."""
         writer, *others = self._ranks
         self._joined = [rank.join_weight_push.remote() for rank in others]
-        wait_for(writer.open_weight_push.remote(version), self._joined, self._timeout)
+        self._wait_for(writer.open_weight_push.remote(version))
 
     def ask_for_bucket(self) -> Any:
         """Ask for the next bucket; a reference for `await_bucket`.
@@ -137,22 +160,35 @@ class LearnerGroup:
         Raises:
             WeightTransferInterrupted: a receiver has gone, and the connection with it.
         """
-        bucket: WeightBucket | None = wait_for(reference, self._joined, self._timeout)
+        bucket: WeightBucket | None = self._wait_for(reference)
         return bucket
 
     def finish_weight_push(self) -> tuple[int, dict[str, float]]:
         """The push's checksum, and its sizes and stage times on rank 0."""
         closed = self._ranks[0].close_weight_push.remote()
-        result: tuple[int, dict[str, float]] = wait_for(closed, self._joined, self._timeout)
-        ray.get(self._joined, timeout=self._timeout)
+        result: tuple[int, dict[str, float]] = self._wait_for(closed)
+        self._get(self._joined, PUSH_STAGE)
         return result
 
     def abandon_weight_push(self) -> None:
         """Give up the open push; all ranks are in step again afterwards."""
         with contextlib.suppress(WeightUpdateError):  # Ray reports errors that nobody has seen
-            wait_for(self._asked, self._joined, self._timeout)
-        wait_for(self._ranks[0].abandon_weight_push.remote(), self._joined, self._timeout)
-        ray.get(self._joined, timeout=self._timeout)
+            self._wait_for(self._asked)
+        self._wait_for(self._ranks[0].abandon_weight_push.remote())
+        self._get(self._joined, PUSH_STAGE)
+
+    def _get(self, references: Any, stage: str) -> Any:
+        return get_in_time(references, self._timeout, stage)
+
+    def _wait_for(self, reference: Any) -> Any:
+        """What rank 0 gives in a weight push, in which the other ranks take part."""
+        return wait_for(reference, self._joined, self._timeout, PUSH_STAGE)
+
+    def _call_all(self, method: str, *args: Any) -> list[Any]:
+        """Every rank's result."""
+        calls = [getattr(rank, method).remote(*args) for rank in self._ranks]
+        results: list[Any] = self._get(calls, method)
+        return results
 
     def _call_with_batches(
         self, method: str, trajectories: Sequence[Trajectory], *args: Any
@@ -166,11 +202,9 @@ class LearnerGroup:
             pad_to_multiple_of=parallel.tokens_multiple,
         )
         stored = [ray.put(rank_batches) for rank_batches in batches]
-        results: list[Any] = ray.get(
-            [
-                getattr(rank, method).remote(stored[data_rank], *args)
-                for rank, data_rank in zip(self._ranks, self._data_ranks, strict=True)
-            ],
-            timeout=self._timeout,
-        )
+        calls = [
+            getattr(rank, method).remote(stored[data_rank], *args)
+            for rank, data_rank in zip(self._ranks, self._data_ranks, strict=True)
+        ]
+        results: list[Any] = self._get(calls, method)
         return results, packing_statistics(batches, parallel.max_tokens_per_micro_batch)

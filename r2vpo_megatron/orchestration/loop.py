@@ -32,9 +32,11 @@ from r2vpo_megatron.config import AlgorithmConfig, RunConfig
 from r2vpo_megatron.evaluation.held_out import HeldOutSet
 from r2vpo_megatron.observability import StageTimers
 from r2vpo_megatron.orchestration.collect import Collector
+from r2vpo_megatron.orchestration.guards import UpdateGuard
 from r2vpo_megatron.orchestration.iteration_metrics import Metrics, merge_updates, throughput
 from r2vpo_megatron.orchestration.learner_group import LearnerGroup
 from r2vpo_megatron.orchestration.logprob_gap import LogprobGap
+from r2vpo_megatron.orchestration.progress import Progress, is_due
 from r2vpo_megatron.orchestration.rollout_pool import RolloutPool
 from r2vpo_megatron.orchestration.step_gate import check_first_update
 from r2vpo_megatron.orchestration.weight_push import push_weights
@@ -51,6 +53,9 @@ class Ring:
     replay: ReplayBuffer
     learner: LearnerGroup
     held_out: HeldOutSet | None
+    dual: DualVariable  # lambda
+    guard: UpdateGuard
+    progress: Progress  # where the loop begins, and where it stands
 
 
 def train(
@@ -62,52 +67,63 @@ def train(
     """Run all iterations; yields each one's metrics once its weights are on the engines.
 
     With them comes how far the engines' log-probs were from the learner's, sample by sample.
-    `on_update` gets the number, from 1 on, and the metrics of every optimizer step.
+    `on_update` gets the number, from 1 on, and the metrics of every optimizer step, and may end
+    the loop by an exception: `ring.progress` is then where it can be taken up again.
     """
-    algorithm = config.algorithm
-    dual = make_dual(algorithm)  # lambda
+    algorithm, dual, progress = config.algorithm, ring.dual, ring.progress
     has_penalty = algorithm.objective == "r2vpo"
-    is_first_update = True
 
-    for iteration in range(1, config.train.num_iterations + 1):
+    while progress.iteration <= config.train.num_iterations:
+        iteration, gap = progress.iteration, LogprobGap()
+
         # G responses per prompt, sampled from pi_off: score them, and keep log pi_off.
-        with timers.stage("collect"):
-            collected = ring.collector.collect(iteration)
-            ring.replay.add(iteration, collected.trajectories)
-            metrics = collected.metrics | collected.gap.metrics()
+        if progress.collected is None:
+            with timers.stage("collect"):
+                collected = ring.collector.collect(iteration)
+                ring.replay.add(iteration, collected.trajectories)
+                gap = collected.gap
+                progress.undrawn = ring.replay.state_dict()
+                worst = {"logprob_gap/worst": gap.summary()}
+                progress.collected = collected.metrics | gap.metrics() | worst
 
         # Update on uniform mini-batches of the buffer; lambda follows E[(rho - 1)^2].
-        updates: list[Metrics] = []
         with timers.stage("learn"):
             mini_batches = ring.replay.mini_batches(
                 config.updates_in_iteration(iteration),
                 config.train.mini_batch_samples,
                 with_replacement=config.replay.with_replacement,
             )
-            for mini_batch in mini_batches:
+            for number, mini_batch in enumerate(mini_batches, start=1):
                 if algorithm.filter_zero_advantage_groups:
                     mini_batch = [sample for sample in mini_batch if sample.advantage != 0.0]
-                if not mini_batch:
+                if not mini_batch or number <= progress.num_mini_batches:
                     continue
-                update = ring.learner.update(mini_batch, dual.value, policy_version=iteration - 1)
-                if is_first_update:
-                    check_first_update(update, config)
-                    is_first_update = False
-                updates.append(update | ({"ratio/penalty": dual.value} if has_penalty else {}))
-                dual.step(update["ratio/second_moment"])
-                on_update(dual.num_updates, updates[-1] | {"iteration": iteration})
+                penalty = {"ratio/penalty": dual.value} if has_penalty else {}
+                result = ring.learner.update(mini_batch, dual.value, policy_version=iteration - 1)
+                if ring.guard.accept(result, mini_batch, iteration):
+                    if dual.num_updates == 0:
+                        check_first_update(result.metrics, config)
+                    dual.step(result.metrics["ratio/second_moment"])
+                    progress.updates.append(result.metrics | penalty)
+                progress.num_mini_batches = number
+                metrics = result.metrics | penalty | {"guard/skipped": float(not result.is_made)}
+                on_update(ring.guard.num_updates, metrics | {"iteration": iteration})
 
         # The engines go on with the new weights.
         with timers.stage("push"):
-            metrics |= push_weights(ring.learner, ring.rollout, version=iteration)
+            pushed = push_weights(ring.learner, ring.rollout, version=iteration)
 
-        if ring.held_out is not None and _is_due(iteration, config):
+        metrics = progress.collected | pushed
+        if ring.held_out is not None and _is_evaluated(iteration, config):
             with timers.stage("evaluate"):
-                metrics |= ring.held_out.evaluate(ring.rollout)
+                is_last = iteration == config.train.num_iterations
+                evaluate = ring.held_out.evaluate_both if is_last else ring.held_out.evaluate
+                metrics |= evaluate(ring.rollout)
 
-        metrics |= merge_updates(updates) | ring.replay.metrics() | ring.rollout.metrics()
-        metrics |= timers.metrics(reset=True)
-        yield {"iteration": iteration, **metrics, **throughput(metrics)}, collected.gap
+        metrics |= merge_updates(progress.updates) | ring.guard.metrics()
+        metrics |= ring.replay.metrics() | ring.rollout.metrics() | timers.metrics(reset=True)
+        progress.begin_next()
+        yield {"iteration": iteration, **metrics, **throughput(metrics)}, gap
 
 
 def make_dual(algorithm: AlgorithmConfig) -> DualVariable:
@@ -122,7 +138,6 @@ def make_dual(algorithm: AlgorithmConfig) -> DualVariable:
     return DualVariable(algorithm.dual_controller, algorithm.ratio_penalty, settings)
 
 
-def _is_due(iteration: int, config: RunConfig) -> bool:
-    """Whether to evaluate after this iteration; the last is left to the closing evaluation."""
-    every = config.evaluation.every_iterations
-    return every > 0 and iteration % every == 0 and iteration < config.train.num_iterations
+def _is_evaluated(iteration: int, config: RunConfig) -> bool:
+    is_last = iteration == config.train.num_iterations
+    return is_last or is_due(iteration, config.evaluation.every_iterations)

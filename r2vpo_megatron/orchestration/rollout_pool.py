@@ -48,6 +48,8 @@ class RolloutPool:
             `only_waiting`); called within `wait_for`. None: as long as no weights were pushed, a
             restarted engine serves what the model folder holds.
         on_event: is told of every engine that is lost, in a line; within calls of the pool.
+        before_look: called again and again while responses are waited for; may end the wait by
+            an exception.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class RolloutPool:
         """Create the engines' processes; `begin_start` loads the model in them."""
         self.refresh: Callable[[], object] | None = None
         self.on_event: Callable[[str], None] = lambda event: None
+        self.before_look: Callable[[], None] = lambda: None
         self._config, self._timeout = config, config.runtime.timeout_seconds
         self._policy_version = 0
         self._is_pushed = False
@@ -291,6 +294,7 @@ class RolloutPool:
         return [call.result(timeout=self._timeout) for call in calls]
 
     def _refresh_waiting(self) -> None:
+        self.before_look()
         if self._lost_push is not None:  # nothing serves the weights that the caller counts on
             raise self._lost_push
         with self._loop.changed:

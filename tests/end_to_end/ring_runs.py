@@ -39,6 +39,7 @@ class Run:
     command: list[str]
     folder: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    environment: dict[str, str] = field(default_factory=dict)  # beside this process's own
 
     def __post_init__(self) -> None:
         self.segments_before = set(os.listdir("/dev/shm"))
@@ -46,7 +47,7 @@ class Run:
         self.process = subprocess.Popen(
             self.command,
             cwd=REPO,
-            env={**os.environ, MARK: self.mark},
+            env={**os.environ, **self.environment, MARK: self.mark},
             stdout=self.output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

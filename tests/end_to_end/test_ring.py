@@ -213,12 +213,15 @@ def test_ctrl_c_with_a_tensor_parallel_engine_leaves_nothing(start):
     run.assert_nothing_left()
 
 
-def test_an_exception_in_the_learner_ends_the_run(start, tmp_path):
+def test_a_row_of_updates_that_are_not_finite_ends_the_run(start, tmp_path):
     # Weights become infinite with the first update; the second must be refused by the learner.
-    run = start("r2vpo_off_policy", **{"optimizer.lr": "1e30"})
+    fields = {"optimizer.lr": "1e30", "guard.max-skipped-updates": "0"}
+    run = start("r2vpo_off_policy", **fields)
     assert run.process.wait(timeout=240) == 1, run.text()
-    assert "error: the run failed: FloatingPointError" in run.text()
-    assert "FloatingPointError" in (tmp_path / "run" / "error.txt").read_text()
+    assert "error: the run failed: RuntimeError: updates skipped in a row: 1 (" in run.text()
+    assert "guards.py" in (tmp_path / "run" / "error.txt").read_text()
+    (skipped,) = (tmp_path / "run" / "skipped_updates.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["update"] == 2 and len(json.loads(skipped)["samples"]) == 12
     run.assert_nothing_left()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,20 @@ from r2vpo_megatron.config import (
     RunConfig,
     TrainConfig,
 )
+from r2vpo_megatron.data.prompts import PromptStream
 from r2vpo_megatron.observability import StageTimers
 from r2vpo_megatron.orchestration import loop
 from r2vpo_megatron.orchestration.collect import Collector
+from r2vpo_megatron.orchestration.guards import UpdateGuard
 from r2vpo_megatron.orchestration.loop import Ring, make_dual, train
-from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory
+from r2vpo_megatron.orchestration.progress import Progress
+from r2vpo_megatron.records import (
+    Generation,
+    GenerationRequest,
+    Prompt,
+    Trajectory,
+    UpdateResult,
+)
 from r2vpo_megatron.replay import ReplayBuffer
 from r2vpo_megatron.rewards import FORMAT_CHECKS, RewardFunction, RewardResult, overlong_penalty
 
@@ -100,12 +110,14 @@ class FakeLearner:
 
     def update(
         self, mini_batch: list[Trajectory], ratio_penalty: float, policy_version: int
-    ) -> dict[str, float]:
+    ) -> UpdateResult:
         moment = self.moments[len(self.penalties) % len(self.moments)]
         self.mini_batches.append(mini_batch)
         self.penalties.append(ratio_penalty)
         self.versions.append(policy_version)
-        return {"ratio/second_moment": moment, "ratio/max": 1.0, "ratio/min": 1.0}
+        if np.isnan(moment):
+            return UpdateResult({}, "something is not finite", (mini_batch[0].sample_id,))
+        return UpdateResult({"ratio/second_moment": moment, "ratio/max": 1.0, "ratio/min": 1.0})
 
 
 def make_config(
@@ -128,11 +140,6 @@ def make_config(
     return config
 
 
-class AllPrompts:
-    def take(self, count: int) -> list[Prompt]:
-        return (PROMPTS * count)[:count]
-
-
 @pytest.fixture(autouse=True)
 def push(monkeypatch: pytest.MonkeyPatch) -> None:
     def push_weights(_: Any, rollout: FakeRollout, version: int) -> dict[str, float]:
@@ -142,24 +149,32 @@ def push(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "push_weights", push_weights)
 
 
+def make_ring(
+    config: RunConfig, learner: Any, rollout: Any, judge: RewardFunction, run_dir: Path
+) -> Ring:
+    tokenizer: Any = FakeTokenizer()
+    prompts = PromptStream(PROMPTS, 0, config.train.prompts_per_iteration)
+    return Ring(
+        rollout=rollout,
+        collector=Collector(config, tokenizer, judge, prompts, rollout, learner),
+        replay=ReplayBuffer(config.replay.capacity_iterations, seed=0),
+        learner=learner,
+        held_out=None,
+        dual=make_dual(config.algorithm),
+        guard=UpdateGuard(config.guard, run_dir),
+        progress=Progress(),
+    )
+
+
 def run_loop(
     config: RunConfig,
     learner: FakeLearner,
     judge: RewardFunction = reward,
     rollout: Any = None,
+    run_dir: Path = Path("unused"),
 ) -> tuple[list[Any], list[Any]]:
     """Every iteration's metrics, and every update's number and metrics."""
-    rollout = rollout or FakeRollout()
-    tokenizer: Any = FakeTokenizer()
-    acting: Any = learner
-    prompts: Any = AllPrompts()
-    ring = Ring(
-        rollout=rollout,
-        collector=Collector(config, tokenizer, judge, prompts, rollout, acting),
-        replay=ReplayBuffer(config.replay.capacity_iterations, seed=0),
-        learner=acting,
-        held_out=None,
-    )
+    ring = make_ring(config, learner, rollout or FakeRollout(), judge, run_dir)
     updates: list[Any] = []
     turns = train(
         config, ring, StageTimers(), lambda number, update: updates.append((number, update))
@@ -209,6 +224,26 @@ def test_lambda_follows_every_update_and_is_reported_as_it_was_used() -> None:
     assert [update["ratio/second_moment"] for _, update in updates] == moments
     assert [update["iteration"] for _, update in updates] == [1, 1, 2, 2]
     assert [record["ratio/penalty"] for record in metrics] == [expected[1], expected[3]]
+
+
+def test_a_skipped_update_moves_no_lambda_and_is_no_update(tmp_path: Path) -> None:
+    learner = FakeLearner([0.0, float("nan"), 0.045, 0.05])
+    config = make_config(mini_batch_samples=4, dual_controller="multiplicative")
+    metrics, updates = run_loop(config, learner, run_dir=tmp_path)
+    dual, expected = make_dual(config.algorithm), []
+    for moment in (0.0, None, 0.045, 0.05):
+        expected.append(dual.value)
+        if moment is not None:
+            dual.step(moment)
+    assert learner.penalties == expected and expected[1] == expected[2] != expected[3]
+    assert [record["updates/num"] for record in metrics] == [1.0, 2.0]
+    assert [record["guard/skipped_updates"] for record in metrics] == [1.0, 0.0]
+    assert [(number, update["guard/skipped"]) for number, update in updates] == [
+        (1, 0.0),
+        (2, 1.0),
+        (3, 0.0),
+        (4, 0.0),
+    ]
 
 
 @pytest.mark.parametrize(

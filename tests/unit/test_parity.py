@@ -157,5 +157,5 @@ def test_what_happens_to_engines_before_there_is_a_progress_line_is_printed(
     run: Any = SimpleNamespace(config=config, train_prompts=[])
     rollout: Any = SimpleNamespace(on_event=lambda event: None, score_on_each=lambda ids: [])
     model: Any = Model()
-    run_module._first_push(run, model, rollout)
+    run_module._first_push(run, model, rollout, 0)
     assert capsys.readouterr().out == "engine 1 was lost\n"

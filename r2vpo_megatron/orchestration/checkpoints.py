@@ -1,0 +1,238 @@
+"""Checkpoints of the whole run: what goes into one, how one is written, how a run goes on.
+
+    RUN_DIR/checkpoints/iteration-000012/run_state.*    progress, lambda, guard, prompts, metrics
+                                        /replay.*       the buffer, with all behaviour log-probs
+                                        /learner/       weights, optimizer, random numbers, by rank
+                                        /manifest.json  sizes, hashes, and what the run was
+
+The learner's ranks copy their state and write it while training goes on; the driver's is small. A
+checkpoint has its name only once all of it is on the disk, so a kill at any moment costs the one
+that was being written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from r2vpo_megatron.checkpoint.run_folder import (
+    CheckpointNotWritten,
+    Position,
+    begin_checkpoint,
+    discard_checkpoint,
+    retain,
+    seal_checkpoint,
+)
+from r2vpo_megatron.checkpoint.state_file import load_state, save_state
+from r2vpo_megatron.config import CheckpointConfig
+from r2vpo_megatron.orchestration.progress import Progress, is_due
+from r2vpo_megatron.replay import ReplayBuffer
+
+POLL_SECONDS = 0.05
+LEARNER_FOLDER = "learner"
+
+
+class Stateful(Protocol):
+    """A part of the run that a checkpoint has."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
+
+
+class SavedLearner(Protocol):
+    """The learner, as LearnerGroup is one."""
+
+    def begin_save_state(self, folder: Path) -> None:
+        """Copy, and begin to write."""
+        ...
+
+    def is_state_saved(self) -> bool:
+        """Whether all has been written."""
+        ...
+
+    def finish_save_state(self) -> None:
+        """Wait until it has; OSError if it could not be."""
+        ...
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    folder: Path
+    position: Position
+    written: Future[None]  # the driver's files
+    sealed: Future[Path] | None = None
+
+
+class RunCheckpoints:
+    """Writes the run's checkpoints.
+
+    Args:
+        config: when, and how many are kept.
+        root: folder of the run's checkpoints.
+        facts: what the run is, for the manifest; JSON values.
+        learner: all its ranks.
+        replay: the buffer.
+        parts: of the driver, by name.
+        progress: of the loop.
+        say: is told what was written, and what could not be, in a line.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        root: Path,
+        facts: Mapping[str, Any],
+        learner: SavedLearner,
+        replay: ReplayBuffer,
+        parts: Mapping[str, Stateful],
+        progress: Progress,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._root, self._facts = config, root, facts
+        self._learner, self._replay, self._parts = learner, replay, parts
+        self._progress, self._say = progress, say
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._saved_at: Position | None = None
+        self.seconds = 0.0  # that training has waited, since `metrics`
+
+    def after_iteration(self) -> None:
+        """Write one if it is due; an iteration has just been completed."""
+        if is_due(self._progress.iteration - 1, self._config.every_iterations):
+            self.save()
+
+    def save(self, *, wait: bool = False) -> bool:
+        """Write one, if there is none of this position yet.
+
+        Args:
+            wait: until it is on the disk; without, and with `checkpoint.asynchronous`, only until
+                the state has been copied.
+
+        Returns:
+            Whether all that was begun is on the disk, as far as that was waited for. If the disk is
+            full or fails, what was there before stays, and `say` is told.
+
+        Raises:
+            FloatingPointError: weights or optimizer state are not finite.
+        """
+        start = time.perf_counter()
+        is_written = self._conclude(wait=True)
+        position = Position(self._progress.iteration - 1, self._progress.num_mini_batches)
+        if position != self._saved_at or not is_written:
+            try:
+                self._begin(position)
+                is_written = self._conclude(wait=wait or not self._config.asynchronous)
+            except TimeoutError:  # an OSError, too: a rank does not answer
+                raise
+            except OSError as error:
+                self._say(f"checkpoint {position.name} was not written: {error}")
+                is_written = False
+        self.seconds += time.perf_counter() - start
+        return is_written
+
+    def poll(self) -> None:
+        """Go on with one that is being written, without waiting."""
+        start = time.perf_counter()
+        self._conclude(wait=False)
+        self.seconds += time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """How long training has waited for checkpoints since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return {"time/checkpoint_seconds": seconds}
+
+    def close(self) -> None:
+        """Give up what is being written."""
+        self._writer.shutdown(wait=True)
+        if self._pending is not None and self._pending.sealed is None:
+            discard_checkpoint(self._pending.folder)
+        self._pending = None
+
+    def _begin(self, position: Position) -> None:
+        folder = begin_checkpoint(self._root, position.name)
+        try:
+            (folder / LEARNER_FOLDER).mkdir()
+            self._learner.begin_save_state(folder / LEARNER_FOLDER)
+            replay = self._progress.undrawn or self._replay.state_dict()
+            state = {name: part.state_dict() for name, part in self._parts.items()}
+            state["progress"] = self._progress.state_dict()
+        except BaseException:
+            discard_checkpoint(folder)
+            raise
+
+        def write() -> None:
+            save_state(folder, "run_state", state)
+            save_state(folder, "replay", replay)
+
+        self._pending = _Pending(folder, position, self._writer.submit(write))
+
+    def _conclude(self, *, wait: bool) -> bool:
+        """Take the pending checkpoint as far as it has come; False if it could not be written."""
+        pending = self._pending
+        if pending is None:
+            return True
+        try:
+            if pending.sealed is None:
+                if not wait and not (pending.written.done() and self._learner.is_state_saved()):
+                    return True
+                self._learner.finish_save_state()
+                pending.written.result()
+                facts = {**self._facts, "written_at": time.time()}
+                pending.sealed = self._writer.submit(
+                    seal_checkpoint, pending.folder, pending.position.name, facts
+                )
+            if not wait and not pending.sealed.done():
+                return True
+            folder = pending.sealed.result()
+        except TimeoutError:
+            raise
+        except (OSError, CheckpointNotWritten) as error:
+            self._pending = None
+            pending.written.exception()  # nothing is written there any more
+            discard_checkpoint(pending.folder)
+            self._say(f"checkpoint {pending.position.name} was not written: {error}")
+            return False
+        self._pending, self._saved_at = None, pending.position
+        self._say(f"checkpoint: {folder}")
+        try:
+            retain(self._root, self._config.keep_last, self._config.keep_every_iterations)
+        except OSError as error:
+            self._say(f"old checkpoints were not removed: {error}")
+        return True
+
+
+def restore(
+    folder: Path, replay: ReplayBuffer, parts: Mapping[str, Stateful], progress: Progress
+) -> None:
+    """Bring the driver's parts where they were when the checkpoint was written.
+
+    Args:
+        folder: of the checkpoint, which has been verified.
+        replay: the buffer, empty.
+        parts: as RunCheckpoints had them.
+        progress: of the loop to come.
+
+    Raises:
+        ValueError: the state is not of such a run.
+    """
+    state = load_state(folder, "run_state")
+    missing = sorted({*parts, "progress"} - state.keys())
+    if missing:
+        raise ValueError(f"{folder}: its run_state lacks {', '.join(missing)}")
+    progress.load_state_dict(state["progress"])
+    replay.load_state_dict(load_state(folder, "replay"))
+    if progress.collected is not None:
+        progress.undrawn = replay.state_dict()
+    for name, part in parts.items():
+        part.load_state_dict(state[name])

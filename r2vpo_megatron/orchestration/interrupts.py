@@ -1,0 +1,103 @@
+"""Signals that ask something of a run: noted when they come, acted upon where it is safe.
+
+SIGUSR1           write a checkpoint and go on
+SIGUSR2           write the weights in Hugging Face format and go on
+SIGTERM, SIGINT   finish the update, write a checkpoint, end; a second one: end at once
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequested(Exception):
+    """A signal asks the run to end, and here it can be left."""
+
+
+class Interrupts:
+    """Takes the signals of this process while its block lasts; for the main thread.
+
+    Args:
+        grace_seconds: from the first signal that asks to stop until the run is ended as by a
+            second one.
+        say: is told what a signal will lead to, in a line.
+    """
+
+    def __init__(self, grace_seconds: float, say: Callable[[str], None]) -> None:
+        self._grace_seconds = grace_seconds
+        self._say = say
+        self._before: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
+        self._asked: set[int] = set()
+        self._timer: threading.Timer | None = None
+        self.stop_signal: int | None = None
+
+    def __enter__(self) -> Self:
+        handlers = {signal.SIGUSR1: self._note, signal.SIGUSR2: self._note}
+        handlers |= dict.fromkeys(STOP_SIGNALS, self._stop)
+        self._before = {number: signal.signal(number, to) for number, to in handlers.items()}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def take_checkpoint_request(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        return self._take(signal.SIGUSR1)
+
+    def take_export_request(self) -> bool:
+        """Whether weights in Hugging Face format were asked for since the last call."""
+        return self._take(signal.SIGUSR2)
+
+    def raise_if_stopping(self) -> None:
+        """To be called where the run can be left.
+
+        Raises:
+            StopRequested: it should be.
+        """
+        if self.stop_signal is not None:
+            raise StopRequested
+
+    def _take(self, number: int) -> bool:
+        is_asked = number in self._asked
+        self._asked.discard(number)
+        return is_asked
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked.add(number)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_signal is not None:
+            end_by(number)
+        self.stop_signal = number
+        self._say(
+            f"{signal.Signals(number).name}: a checkpoint as soon as this update is finished, then "
+            f"the end; once more: the end at once, as in {self._grace_seconds:g} s"
+        )
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        self._timer = threading.Timer(
+            self._grace_seconds, signal.pthread_kill, (main_thread, number)
+        )
+        self._timer.daemon = True
+        self._timer.start()
+
+
+def end_by(number: int) -> None:
+    """Leave as a signal makes a process leave, by an exception, so that all is closed."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

@@ -1,0 +1,84 @@
+"""Signals of a run: noted at once, acted upon where the run says, and at once when repeated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from r2vpo_megatron.orchestration.interrupts import Interrupts, StopRequested
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def interrupts(said: list[str]) -> Iterator[Interrupts]:
+    with Interrupts(600.0, said.append) as interrupts:
+        yield interrupts
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_requests_are_noted_until_they_are_taken(interrupts: Interrupts) -> None:
+    assert not interrupts.take_checkpoint_request() and not interrupts.take_export_request()
+    send(signal.SIGUSR1)
+    send(signal.SIGUSR1)
+    assert not interrupts.take_export_request()
+    assert interrupts.take_checkpoint_request() and not interrupts.take_checkpoint_request()
+    send(signal.SIGUSR2)
+    assert not interrupts.take_checkpoint_request()
+    assert interrupts.take_export_request() and not interrupts.take_export_request()
+    interrupts.raise_if_stopping()  # none of them asks for that
+
+
+@pytest.mark.parametrize(
+    ("number", "at_once"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_the_first_waits_for_a_safe_place_and_the_second_does_not(
+    interrupts: Interrupts, said: list[str], number: int, at_once: type[BaseException]
+) -> None:
+    send(number)
+    assert interrupts.stop_signal == number
+    for _ in range(2):  # as often as is asked
+        with pytest.raises(StopRequested):
+            interrupts.raise_if_stopping()
+    assert len(said) == 1 and signal.Signals(number).name in said[0] and "600 s" in said[0]
+    with pytest.raises(at_once) as ended:
+        send(number)
+        time.sleep(30)
+    if at_once is SystemExit:
+        assert ended.value.code == 143  # type: ignore[attr-defined]
+
+
+def test_the_end_of_the_grace_period_is_a_second_signal() -> None:
+    with Interrupts(0.2, lambda line: None) as interrupts:
+        start = time.monotonic()
+        send(signal.SIGTERM)
+        with pytest.raises(StopRequested):
+            interrupts.raise_if_stopping()
+        with pytest.raises(SystemExit):
+            time.sleep(30)
+        assert 0.2 <= time.monotonic() - start < 10
+
+
+def test_handlers_of_before_come_back_and_no_grace_period_outlives_the_block() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with Interrupts(0.3, lambda line: None):
+            send(signal.SIGTERM)
+            assert came == []
+        send(signal.SIGTERM)
+        assert came == [signal.SIGTERM]
+        time.sleep(0.6)  # longer than the grace period of the signal within the block
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
