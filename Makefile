@@ -6,7 +6,7 @@ RECIPE ?= recipes/tiny_cpu.py:r2vpo_off_policy
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format bench clean
+.PHONY: help setup quickstart test test-all lint format bench chaos clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -35,9 +35,12 @@ format: setup  ## format the code and fix what ruff can
 	@$(VENV_PYTHON) -m ruff format .
 
 bench: setup  ## run every benchmark in benchmarks/, each printing a table
-	@for script in benchmarks/*.py; do \
+	@for script in benchmarks/[a-z]*.py; do \
 		echo "== $$script"; PYTHONPATH=. $(VENV_PYTHON) "$$script" $(ARGS) || exit; \
 	done
+
+chaos: setup  ## bring about every fault of docs/reliability.md and write its table (ARGS="kill-driver")
+	@$(VENV_PYTHON) -m tests.end_to_end.faults --write docs/reliability.md $(ARGS)
 
 clean:  ## remove caches and build products; .venv and outputs/ stay
 	@rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
