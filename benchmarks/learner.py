@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks._shapes import Shape
+
 # torch is imported in the children only: a child's peak starts at its parent's resident size.
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,23 +47,11 @@ LEARNING_RATE = 1e-6
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-shaped model with tied embeddings, and the tokens of one update of it."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    update_tokens: int
-
-
 SHAPES = {
-    "10M": Shape(256, 10, 4, 2, 768, 8192, update_tokens=4096),
-    "135M": Shape(576, 30, 9, 3, 1536, 49152, update_tokens=2048),  # SmolLM2-135M's
+    "10M": Shape(256, 10, 4, 2, 768, 8192),
+    "135M": Shape(576, 30, 9, 3, 1536, 49152),  # SmolLM2-135M's
 }
+UPDATE_TOKENS = {"10M": 4096, "135M": 2048}
 DEFAULT_CASES = (("10M", 512), ("10M", 2048))
 FULL_CASES = (
     *(("10M", length) for length in (512, 2048, 8192, 16384)),
@@ -69,7 +59,7 @@ FULL_CASES = (
 )
 
 
-def make_micro_batches(shape: Shape, length: int) -> list[PackedBatch]:
+def make_micro_batches(shape: Shape, num_tokens: int, length: int) -> list[PackedBatch]:
     """Sequences of `length` tokens, an eighth of them prompt, in micro-batches of 2,048 tokens."""
     from r2vpo_megatron.data.packing import pack_trajectories
     from r2vpo_megatron.records import Trajectory
@@ -93,7 +83,7 @@ def make_micro_batches(shape: Shape, length: int) -> list[PackedBatch]:
             policy_versions=np.zeros(num_response, dtype=np.int64),
             iteration=1,
         )
-        for index in range(max(1, shape.update_tokens // length))
+        for index in range(max(1, num_tokens // length))
     ]
     return pack_trajectories(
         trajectories,
@@ -274,7 +264,7 @@ def _serve(
 
     shape = SHAPES[shape_name]
     torch.set_num_threads(threads)
-    batches = make_micro_batches(shape, length)
+    batches = make_micro_batches(shape, UPDATE_TOKENS[shape_name], length)
     num_tokens = sum(len(batch.token_ids) for batch in batches)
     if side == OURS:
         _import_megatron()
@@ -313,7 +303,7 @@ def resident_bytes(field: str) -> int:
 
 def measure_case(shape: str, length: int, args: argparse.Namespace) -> dict[str, Side]:
     """All sides of one case, in turns; RuntimeError where they part."""
-    is_packed = SHAPES[shape].update_tokens > length and length < MICRO_BATCH_TOKENS
+    is_packed = UPDATE_TOKENS[shape] > length and length < MICRO_BATCH_TOKENS
     names = [OURS, HF_LOOP, *([HF_PACKED] if is_packed else [])]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

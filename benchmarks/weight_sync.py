@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,24 +28,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+from benchmarks._shapes import Shape
+
 MIB = 2**20
 TENSOR_PARALLEL = 2
 STAGES = ("gather", "convert", "send", "checksum", "receive", "verify", "load")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like decoder with tied embeddings."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    head_dim: int = 64
 
 
 SHAPES = {
