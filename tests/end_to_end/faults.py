@@ -166,9 +166,13 @@ def kill_driver(scene: Scene) -> str:
 
 def stop_rank(scene: Scene) -> str:
     run = scene.begin(**{"runtime.timeout-seconds": "60"})
-    os.kill(run.workers("LearnerWorker")[-1], signal.SIGSTOP)
-    scene.ends(run, "StageTimeout", "stacks.txt")
-    assert "learner rank" in (scene.run_dir / "stacks.txt").read_text()
+    pid = run.workers("LearnerWorker")[-1]
+    os.kill(pid, signal.SIGSTOP)
+    scene.ends(run, "StageTimeout", "no answer in 60 s", f"(pid {pid} on ", ", stopped): in ")
+    stacks = (scene.run_dir / "stacks.txt").read_text()
+    for name in ("learner rank 0", "learner rank 1", "rollout engine", "driver"):
+        assert f"=== {name}" in stacks, f"no {name} in:\n{stacks}"
+    assert "learner_worker.py" in stacks and "explain_timeouts" in stacks
     scene.goes_on()
     return "the run ends at its deadline with all stacks and the rank's name; goes on"
 

@@ -97,6 +97,7 @@ def test_killed_without_warning_it_goes_on_bit_by_bit(start, tmp_path, recipe, f
     killed.assert_nothing_left(seconds=90)
 
 
+@pytest.mark.slow
 def test_stopped_in_an_iteration_it_goes_on_bit_by_bit(start, tmp_path):
     """SIGTERM after an update: the checkpoint is of that one, what is left of the iteration too."""
     fields = {"checkpoint.every-iterations": "0", "train.mini-batch-samples": "6"}

@@ -6,10 +6,8 @@ import ctypes
 import multiprocessing
 import os
 import re
-import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from r2vpo_megatron.config import ParallelConfig, RunConfig, RuntimeConfig
-from r2vpo_megatron.observability.heartbeat import name_of, read_beat
+from r2vpo_megatron.observability.heartbeat import read_beat
 from r2vpo_megatron.observability.stacks import STACK_SIGNAL
 from r2vpo_megatron.orchestration.cluster import get_in_time, ray_session
 from r2vpo_megatron.orchestration.learner_group import LearnerGroup
@@ -30,46 +28,6 @@ from r2vpo_megatron.orchestration.watchdog import (
     explain_timeouts,
     learner_name,
 )
-from tests.end_to_end.ring_runs import Run
-
-DEADLINE_SECONDS = 50.0
-TWO_RANKS = {
-    "train.num-iterations": "1000",
-    "runtime.timeout-seconds": str(DEADLINE_SECONDS),
-    "parallel.tensor": "2",
-}
-
-
-def wait_until(run: Run, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert run.process.poll() is None, run.text()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def rank_of(run: Run, number: int) -> int:
-    """Process id of a learner rank."""
-    names = {pid: name_of(pid) or "" for pid in run.workers("LearnerWorker")}
-    return next(pid for pid, name in names.items() if name.endswith(f"/learner rank {number}"))
-
-
-def stop_in_update(run: Run, pid: int) -> None:
-    """Stop a rank in the middle of an update."""
-
-    def is_stopped_inside() -> bool:
-        beat = read_beat(pid)
-        if beat is None or not (beat.stage == "update" and beat.is_inside and beat.step):
-            return False
-        os.kill(pid, signal.SIGSTOP)
-        beat = read_beat(pid)
-        assert beat is not None
-        if beat.stage == "update" and beat.is_inside:
-            return True
-        os.kill(pid, signal.SIGCONT)  # the update has ended meanwhile
-        return False
-
-    wait_until(run, is_stopped_inside)
 
 
 def sections(text: str) -> dict[str, str]:
@@ -173,35 +131,6 @@ def test_a_stopped_rank_does_not_outlive_its_run_in_a_cluster(tmp_path):
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         left = pool.submit(leave_a_joined_cluster_with_a_stopped_rank, tmp_path).result(timeout=120)
     assert left == []
-
-
-@pytest.mark.slow
-def test_a_stopped_rank_ends_the_run_and_is_named(start, tmp_path):
-    run = start("r2vpo_off_policy", **TWO_RANKS)
-    run.wait_for("iteration 1/1000", seconds=240)
-    pid = rank_of(run, 1)
-    stop_in_update(run, pid)
-    began = time.monotonic()
-    assert run.process.wait(timeout=DEADLINE_SECONDS + 30) == 1, run.text()
-    assert time.monotonic() - began > DEADLINE_SECONDS - 5
-    run.assert_nothing_left()
-
-    path = tmp_path / "run" / "stacks.txt"
-    (line,) = [line for line in run.text().splitlines() if "the run failed" in line]
-    assert line.startswith("error: the run failed: StageTimeout: update: no answer in 50 s")
-    assert f"it waits for learner rank 1 (pid {pid} on " in line
-    assert ", stopped): in update (its stage " in line
-    assert line.endswith(f"stacks of all processes: {path}")
-    assert "Traceback" not in run.text()
-
-    found = sections(path.read_text())
-    assert list(found) == ["learner rank 0", "learner rank 1", "rollout engine", "driver"]
-    for name in ("learner rank 0", "learner rank 1"):
-        assert "in update" in found[name].splitlines()[0]
-        assert "learner_worker.py" in found[name]
-    assert "torch/distributed" in found["learner rank 0"]  # it waits for the other
-    assert "rollout_worker.py" in found["rollout engine"] or "ray" in found["rollout engine"]
-    assert "explain_timeouts" in found["driver"]
 
 
 @pytest.mark.slow

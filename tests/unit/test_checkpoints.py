@@ -20,7 +20,7 @@ from r2vpo_megatron.observability import StageTimers
 from r2vpo_megatron.orchestration.checkpoints import RunCheckpoints, restore
 from r2vpo_megatron.orchestration.interrupts import StopRequested
 from r2vpo_megatron.orchestration.loop import Ring, train
-from tests.unit.test_loop import FakeLearner, FakeRollout, make_config, make_ring, push, reward
+from tests.fake_ring import FakeLearner, FakeRollout, make_config, make_ring, push, reward
 
 __all__ = ["push"]  # the fixture that stands in for weight pushes
 
