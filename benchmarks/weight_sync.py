@@ -258,9 +258,7 @@ class Leader:
         call("finish", self._version, sender.push_checksum)
         row.wall.append(time.perf_counter() - start)
         metrics = sender.metrics()
-        stages |= {s: metrics[f"weight_sync/{s}_seconds"] for s in ("gather", "send", "checksum")}
-        stages["convert"] = getattr(weights, "convert_seconds", 0.0)
-        stages["gather"] -= stages["convert"]
+        stages |= {stage: metrics[f"weight_sync/{stage}_seconds"] for stage in STAGES[:4]}
         row.stages.append(stages)
         row.peak_bytes = max(row.peak_bytes, resident_bytes("VmHWM"))
         sender.end_push()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,17 +61,16 @@ def load_hf_weights(
 
 
 class HfWeights(Iterator[tuple[str, Any]]):
-    """The stream of `iterate_hf_weights`, and how long its own arithmetic took so far."""
+    """The stream of `iterate_hf_weights`."""
 
     def __init__(self, model_chunks: Sequence[Any], spec: ModelSpec, state: ParallelState) -> None:
         """Begin the stream; see `iterate_hf_weights`."""
-        self.convert_seconds = 0.0  # from Megatron's layout to Hugging Face's, on rank 0
         self._stream = self._generate(model_chunks, spec, state)
 
     def __next__(self) -> tuple[str, Any]:
         """The next tensor; as collective as the stream."""
         name, pieces = next(self._stream)
-        return name, None if pieces is None else self._put_together(pieces)
+        return name, None if pieces is None else pieces.whole()
 
     def in_pieces(self) -> Iterator[tuple[str, TensorPieces | None]]:
         """The same stream, for those who copy each tensor to its place before they ask for more."""
@@ -99,12 +97,6 @@ class HfWeights(Iterator[tuple[str, Any]]):
                     yield name, merged[position].pop(name) if merged else None
         if takes_part:
             stage.finish()
-
-    def _put_together(self, pieces: TensorPieces) -> Tensor:
-        start = time.perf_counter()
-        whole = pieces.whole()
-        self.convert_seconds += time.perf_counter() - start
-        return whole
 
 
 def iterate_hf_weights(

@@ -32,6 +32,7 @@ class ShardGather:
         self._first, *self._others = dist.get_process_group_ranks(self._group)
         self._is_first = state.tensor_rank == 0
         self._is_any_readable = False
+        self._memory: OfferedMemory | None = None
         self._sends = True  # to the first, which cannot read here
         self._readable: dict[int, tuple[int, Mapping[str, int]]] = {}  # by rank
         if state.device.type == "cpu" and self._others:
@@ -55,6 +56,8 @@ class ShardGather:
         """Let the ranks change their parameters again: all has been read; collective."""
         if self._is_any_readable:
             dist.barrier(self._group)
+        if self._memory is not None:
+            self._memory.take_back()
 
     def _shard_of(self, rank: int, name: str, like: Tensor) -> Shard:
         if rank in self._readable:
@@ -67,8 +70,7 @@ class ShardGather:
     def _agree_on_reading(self) -> None:
         reader = [os.getpid()]
         dist.broadcast_object_list(reader, src=self._first, group=self._group)
-        # Kept until the answer has come, by when it has been read.
-        memory = OfferedMemory(reader[0])
+        memory = self._memory = OfferedMemory(reader[0])
         are_in_place = all(parameter.is_contiguous() for parameter in self._parameters.values())
         addresses = {name: parameter.data_ptr() for name, parameter in self._parameters.items()}
         offers: list[Any] = [None] * self._group.size()

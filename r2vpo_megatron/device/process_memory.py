@@ -59,11 +59,14 @@ class OfferedMemory:
     """
 
     def __init__(self, reader_pid: int) -> None:
-        arguments = [ctypes.c_ulong(number) for number in (reader_pid, 0, 0, 0)]
-        _LIBC.prctl(_PR_SET_PTRACER, *arguments)  # fails without Yama, where nobody needs it
+        _except_from_yama(reader_pid)
         self._proof = torch.frombuffer(bytearray(secrets.token_bytes(16)), dtype=torch.uint8)
         proof = self._proof.numpy().tobytes()
         self.offer = MemoryOffer(os.getpid(), proof, self._proof.data_ptr())
+
+    def take_back(self) -> None:
+        """Nobody is to read this process any more, as far as the kernel distinguishes."""
+        _except_from_yama(0)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,12 @@ class RemoteTensor:
 
     def _of(self, view: Tensor) -> RemoteTensor:
         return dataclasses.replace(self, view=view)
+
+
+def _except_from_yama(pid: int) -> None:
+    """Let one process look into this one, in place of the one before; 0: none."""
+    arguments = [ctypes.c_ulong(number) for number in (pid, 0, 0, 0)]
+    _LIBC.prctl(_PR_SET_PTRACER, *arguments)  # fails without Yama, where nobody needs it
 
 
 def _read(pid: int, address: int, view: Tensor, place: Tensor) -> None:

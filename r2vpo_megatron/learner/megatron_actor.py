@@ -7,7 +7,7 @@ collective over all learner ranks, to be called on each with that rank's own bat
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from r2vpo_megatron.checkpoint.hf_bridge import iterate_hf_weights, load_hf_weights
+from r2vpo_megatron.checkpoint.hf_bridge import HfWeights, iterate_hf_weights, load_hf_weights
 from r2vpo_megatron.checkpoint.safetensors_io import save_hf_checkpoint
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.packing import dummy_batch
@@ -132,6 +132,8 @@ class MegatronActor:
         statistics = reduce_statistics(kept, self._state)
         if not statistics.is_finite:
             names = samples_at_fault(kept, self._state)
+            if not names:  # a sum alone, that of entropies for one
+                names = samples_at_fault(kept, self._state, all_of_them=True)
             raise NonFiniteUpdate("log-probs, advantages or loss are not finite", names)
         head_metrics = checks.settle(getattr(torch, self._config.model.dtype))
         lr = self._learning_rate()
@@ -149,7 +151,7 @@ class MegatronActor:
             **head_metrics,
         }
 
-    def hf_weights(self) -> Iterator[tuple[str, Any]]:
+    def hf_weights(self) -> HfWeights:
         """Stream of (HF name, whole tensor on rank 0, None elsewhere).
 
         Collective: every rank must iterate to the end.
@@ -159,10 +161,11 @@ class MegatronActor:
     def save_hf(self, output_dir: Path) -> None:
         """Write the current weights as a Hugging Face checkpoint. Collective; rank 0 writes."""
         weights = self.hf_weights()
-        if self._state.is_writer:
-            save_hf_checkpoint(weights, output_dir, self._model_dir)
-        else:
-            exhaust(weights)
+        try:
+            if self._state.is_writer:
+                save_hf_checkpoint(weights, output_dir, self._model_dir)
+        finally:
+            exhaust(weights)  # the other ranks go through all of it, whatever the disk does
 
     def begin_save_state(self, folder: Path) -> None:
         """Copy all that is trained, and begin to write it; see LearnerState.begin_save."""

@@ -7,6 +7,7 @@ process. Times are of the monotonic clock, which all processes of a node share a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -142,8 +143,13 @@ def read_beat(pid: int) -> Beat | None:
     found = find_memory(pid, "beats")
     if found is None:
         return None
-    with found.open("rb") as memory:
-        content = memory.read(2 * _SLOT_BYTES)
+    try:
+        with found.open("rb") as memory:
+            content = memory.read(2 * _SLOT_BYTES)
+    except OSError:
+        return None  # it has ended
+    if len(content) < 2 * _SLOT_BYTES:
+        return None  # it is just making it
     slots = (content[:_SLOT_BYTES], content[_SLOT_BYTES:])
     records = [record for slot in slots if (record := _sound_record(slot)) is not None]
     if not records:
@@ -164,7 +170,11 @@ def _sound_record(slot: bytes) -> tuple[int, int, int, int, bool, bytes] | None:
 def name_of(pid: int) -> str | None:
     """What a process on this node gave its `Heartbeat` as name; None: it has none."""
     found = find_memory(pid, "beats")
-    return None if found is None else os.readlink(found).split(" ", 2)[2].removesuffix(" (deleted)")
+    try:
+        target = "" if found is None else os.readlink(found)
+    except OSError:
+        return None  # it has ended
+    return target.split(" ", 2)[2].removesuffix(" (deleted)") if target else None
 
 
 def open_memory(kind: str, name: str = "") -> int:
@@ -183,9 +193,11 @@ def find_memory(pid: int, kind: str) -> Path | None:
     """Where to open the memory of this kind of a process on this node; None: there is none."""
     start = f"/memfd:r2vpo-{kind} {pid} "
     try:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return None  # it has ended, or is another user's
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # closed meanwhile
             if os.readlink(descriptor).startswith(start):
                 return descriptor
-    except OSError:
-        pass  # it has ended, or is another user's
     return None

@@ -11,7 +11,7 @@ HIDDEN = "***"
 MIN_SECRET_LENGTH = 8  # hiding "1" or "false" wherever it occurs would leave no text readable
 _SECRET_NAME = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _PLACE_NAME = re.compile(r"_(PATH|FILE|DIR)$", re.IGNORECASE)  # where a secret lies is none
-_URL_LOGIN = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
 # Unlike max-response-tokens, which is a number to keep.
 _SECRET_FLAG = re.compile(
     r"(?P<flag>--?[\w.-]*(?:token|key|secret|password|passwd|credentials?))"

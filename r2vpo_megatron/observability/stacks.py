@@ -95,7 +95,11 @@ def examine_processes(mark: str, node: str, seconds: float = STACK_SECONDS) -> l
                 for pid, title in _writing_descendants(process)
             ]
     stacks = _ask_for_stacks([report.pid for report in found], seconds)
-    found = [replace(report, stacks=stacks[report.pid]) for report in found]
+    found = [
+        replace(report, stacks=stacks[report.pid])
+        for report in found
+        if ": " not in report.name or report.state != "gone"  # a child that has ended was done
+    ]
     return sorted(found, key=lambda report: (report.name, report.pid))
 
 

@@ -37,7 +37,8 @@ def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
     Raises:
         RuntimeError: the cluster has less than that, or cannot be joined.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
+    # Nothing is reported to anyone; it stays so for what this process starts later.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with contextlib.ExitStack() as stack:
         if config.runtime.ray_address:

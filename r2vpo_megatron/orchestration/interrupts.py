@@ -36,6 +36,7 @@ class Interrupts:
         self._asked: set[int] = set()
         self._timer: threading.Timer | None = None
         self.stop_signal: int | None = None
+        self._has_said = False
 
     def __enter__(self) -> Self:
         handlers = {signal.SIGUSR1: self._note, signal.SIGUSR2: self._note}
@@ -68,8 +69,15 @@ class Interrupts:
         Raises:
             StopRequested: it should be.
         """
-        if self.stop_signal is not None:
-            raise StopRequested
+        if self.stop_signal is None:
+            return
+        if not self._has_said:  # not in the handler: the signal may have come amid a print
+            self._has_said = True
+            self._say(
+                f"{signal.Signals(self.stop_signal).name}: a checkpoint is written, then the run "
+                f"ends; a second one, or {self._grace_seconds:g} s, ends it at once"
+            )
+        raise StopRequested
 
     def _take(self, number: int) -> bool:
         is_asked = number in self._asked
@@ -83,10 +91,6 @@ class Interrupts:
         if self.stop_signal is not None:
             end_by(number)
         self.stop_signal = number
-        self._say(
-            f"{signal.Signals(number).name}: a checkpoint as soon as this update is finished, then "
-            f"the end; once more: the end at once, as in {self._grace_seconds:g} s"
-        )
         main_thread = threading.main_thread().ident
         assert main_thread is not None
         self._timer = threading.Timer(

@@ -28,7 +28,7 @@ class LearnerWorker:
         self._config, self._model_dir, self._rank = config, model_dir, rank
         self._heartbeat = announce(learner_name(rank))
         self._buckets: Iterator[WeightBucket] = iter(())
-        self._weights: Any = iter(())  # HfWeights, of the open push
+        self._weights: Any = None  # HfWeights, of the open push
         self._num_buckets = 0  # asked for in the open push
 
     def rendezvous_address(self) -> str:
@@ -131,9 +131,6 @@ class LearnerWorker:
         checksum, metrics = self._sender.push_checksum, self._sender.metrics()
         self._sender.end_push()
         self._heartbeat.leave()
-        convert_seconds = self._weights.convert_seconds
-        metrics["weight_sync/convert_seconds"] = convert_seconds
-        metrics["weight_sync/gather_seconds"] -= convert_seconds
         return checksum, metrics
 
     def abandon_weight_push(self) -> None:
@@ -141,7 +138,7 @@ class LearnerWorker:
         from r2vpo_megatron.learner.megatron_actor import exhaust
 
         self._sender.end_push()
-        exhaust(self._weights)
+        exhaust(self._weights.in_pieces())
         self._heartbeat.leave()
 
     def join_weight_push(self) -> None:
@@ -149,4 +146,4 @@ class LearnerWorker:
         from r2vpo_megatron.learner.megatron_actor import exhaust
 
         with self._heartbeat.stage("weight_push"):
-            exhaust(self._actor.hf_weights())
+            exhaust(self._actor.hf_weights().in_pieces())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -70,7 +71,7 @@ def run_training(run: PreparedRun) -> None:
             _first_push(run, learner, rollout, Position.parse(run.resume.name).iteration)
             restore(run.resume, ring.replay, _parts(ring), ring.progress)
         _turn(run, ring, before)
-        learner.save_hf(run.run_dir / "hf")
+        _save_final_weights(run.run_dir, learner)
     records = read_metrics(run.run_dir / "metrics.jsonl")
     plot_learning_curve(run.run_dir / "metrics.jsonl", run.run_dir / "learning_curve.png")
     print(summarize_run(run, records[0], records[-1], time.monotonic() - started))
@@ -238,9 +239,26 @@ def _export(run: PreparedRun, ring: Ring, say: Callable[[str], None]) -> None:
     """Write the current weights in Hugging Face format; those of before with this name stay."""
     position = Position(ring.progress.iteration - 1, ring.progress.num_mini_batches)
     folder = run.run_dir / "exports" / position.name
-    if not folder.exists():
-        ring.learner.save_hf(folder)
-    say(f"weights: {folder}")
+    try:
+        if not folder.exists():
+            ring.learner.save_hf(folder)
+        say(f"weights: {folder}")
+    except TimeoutError:  # an OSError, too: a rank does not answer
+        raise
+    except OSError as error:
+        say(f"weights were not written to {folder}: {error}")
+
+
+def _save_final_weights(run_dir: Path, learner: LearnerGroup) -> None:
+    """Write RUN_DIR/hf; where the run had ended before and went on, it takes the place of that."""
+    final, new, old = run_dir / "hf", run_dir / ".hf-new", run_dir / ".hf-old"
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    learner.save_hf(new)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _machine_metrics(run: PreparedRun, ring: Ring) -> Metrics:

@@ -32,6 +32,8 @@ OTHER_NODES_SECONDS = 20.0  # for Ray to start a worker there, and for the stack
 # States in which a process does nothing whatever, by psutil's names; the worst first.
 UNABLE_STATES = ("gone", "zombie", "stopped", "tracing-stop")
 STDERR = 2
+# Code in which a rank waits for others: collectives, and receiving from another pipeline stage.
+WAITING_PLACES = ("/torch/distributed/", "/pipeline_parallel/p2p_communication.py")
 
 
 class StageTimeout(TimeoutError):
@@ -104,24 +106,24 @@ def _seconds_since_beat(process: ProcessReport) -> float:
 def _progress(process: ProcessReport) -> tuple[int, bool, int, bool]:
     beat = process.beat
     assert beat is not None
-    is_waiting = "/torch/distributed/" in process.stacks
+    is_waiting = any(place in process.stacks for place in WAITING_PLACES)
     is_kept_by_kernel = process.state == "disk-sleep"
     return 2 * beat.num_stages - beat.is_inside, is_waiting, beat.step, not is_kept_by_kernel
 
 
 def _explanation(error: TimeoutError, num_ranks: int, stacks_path: Path) -> str:
     """One line: what was waited for, who lags, where the stacks are; writes these."""
-    processes, silent_nodes = _examine_run()
-    names = {process.name for process in processes}
-    expected = [learner_name(rank) for rank in range(num_ranks)]
-    processes += [
-        ProcessReport(name, node="", pid=0, state="gone", beat=None, stacks="(none)")
-        for name in expected
-        if name not in names
-    ]
-    laggard = find_laggard(processes)
-    blame = "no process lags" if laggard is None else f"it waits for {laggard}"
-    parts = [str(error) or "a deadline passed", blame]
+    parts = [str(error) or "a deadline passed"]
+    processes: list[ProcessReport] = []
+    silent_nodes: list[str] = []
+    try:
+        processes, silent_nodes = _examine_run()
+    except (RayError, RuntimeError, OSError, KeyError) as failure:  # Ray itself may be what hangs
+        parts.append(f"processes could not be looked at: {type(failure).__name__}: {failure}")
+    else:
+        processes += _missing(processes, num_ranks, "unknown" if silent_nodes else "gone")
+        laggard = find_laggard(processes)
+        parts.append("no process lags" if laggard is None else f"it waits for {laggard}")
     if silent_nodes:
         parts.append(f"no answer from {', '.join(silent_nodes)}")
     try:
@@ -133,10 +135,19 @@ def _explanation(error: TimeoutError, num_ranks: int, stacks_path: Path) -> str:
     return "; ".join(parts)
 
 
+def _missing(processes: Sequence[ProcessReport], num_ranks: int, state: str) -> list[ProcessReport]:
+    """Reports of the learner ranks that were found on no node."""
+    found = {process.name for process in processes}
+    return [
+        ProcessReport(name, node="", pid=0, state=state, beat=None, stacks="(none)")
+        for name in map(learner_name, range(num_ranks))
+        if name not in found
+    ]
+
+
 def _mark_of(node_id: str) -> str:
     """Tells this run's processes on this Ray node from all others on the machine."""
-    context = ray.get_runtime_context()
-    return f"{context.gcs_address}/{context.get_job_id()}/{node_id}"
+    return f"{ray.get_runtime_context().get_job_id()}/{node_id}"
 
 
 def _examine_run() -> tuple[list[ProcessReport], list[str]]:

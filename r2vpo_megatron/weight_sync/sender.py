@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from r2vpo_megatron.checkpoint.layout import TensorPieces
 from r2vpo_megatron.rollout.weight_updates import WeightUpdateError, fold_checksum
 from r2vpo_megatron.weight_sync.checksums import begin_digest, bucket_checksum, finish_digests
 from r2vpo_megatron.weight_sync.protocol import (
@@ -31,14 +32,15 @@ from r2vpo_megatron.weight_sync.protocol import (
 class StageTimes:
     """What a push has moved so far, and how long the stages took on the sending rank.
 
-    Seconds: of getting tensors from their source (gather), of copying and handing them over
-    (send), of checksums.
+    Seconds: of getting tensors from their source (gather), of putting shards together in the
+    bucket (convert), of copying whole tensors and handing buckets over (send), of checksums.
     """
 
     num_buckets: int = 0
     num_tensors: int = 0
     num_bytes: int = 0
     gather_seconds: float = 0.0
+    convert_seconds: float = 0.0
     send_seconds: float = 0.0
     checksum_seconds: float = 0.0
 
@@ -74,7 +76,10 @@ class BucketWriter(ABC):
         self._end_bytes = meta.offset_bytes + meta.num_bytes
         self._times.num_tensors += 1
         self._times.num_bytes += meta.num_bytes
-        self._times.send_seconds += stored - start
+        if isinstance(tensor, TensorPieces):
+            self._times.convert_seconds += stored - start
+        else:
+            self._times.send_seconds += stored - start
         self._times.checksum_seconds += time.perf_counter() - stored
 
     def seal(self, version: int, index: int) -> WeightBucket:

@@ -161,6 +161,7 @@ def test_redact(secret):
         "a ***b short disabled-for-now /place/of/token"
     )
     assert redact(f"no model at {LOGIN}: gone") == "no model at https://***@example.org/model: gone"
+    assert redact("s3://me:p@ss@example.org/a@b") == "s3://***@example.org/a@b"
 
 
 @pytest.mark.parametrize(
