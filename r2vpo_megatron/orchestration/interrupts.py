@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REQUESTS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequested(Exception):
@@ -39,8 +40,7 @@ class Interrupts:
         self._has_said = False
 
     def __enter__(self) -> Self:
-        handlers = {signal.SIGUSR1: self._note, signal.SIGUSR2: self._note}
-        handlers |= dict.fromkeys(STOP_SIGNALS, self._stop)
+        handlers = dict.fromkeys(REQUESTS, self._note) | dict.fromkeys(STOP_SIGNALS, self._stop)
         self._before = {number: signal.signal(number, to) for number, to in handlers.items()}
         return self
 
@@ -98,6 +98,12 @@ class Interrupts:
         )
         self._timer.daemon = True
         self._timer.start()
+
+
+def ignore_requests() -> None:
+    """Survive requests that come before there is anything to write; they end a process else."""
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_by(number: int) -> None:

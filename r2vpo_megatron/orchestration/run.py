@@ -27,7 +27,12 @@ from r2vpo_megatron.orchestration.cluster import get_in_time, ray_session
 from r2vpo_megatron.orchestration.collect import Collector
 from r2vpo_megatron.orchestration.guards import UpdateGuard
 from r2vpo_megatron.orchestration.inputs import PreparedRun
-from r2vpo_megatron.orchestration.interrupts import Interrupts, StopRequested, end_by
+from r2vpo_megatron.orchestration.interrupts import (
+    Interrupts,
+    StopRequested,
+    end_by,
+    ignore_requests,
+)
 from r2vpo_megatron.orchestration.iteration_metrics import Metrics
 from r2vpo_megatron.orchestration.learner_group import LearnerGroup
 from r2vpo_megatron.orchestration.logprob_gap import LogprobGap
@@ -57,6 +62,7 @@ def run_training(run: PreparedRun) -> None:
         KeyboardInterrupt, SystemExit: a signal asked the run to end; see `Interrupts`.
     """
     started = time.monotonic()
+    ignore_requests()  # until `_turn`
     print(f"{run.recipe} -> {run.run_dir}", describe_run(run), sep="\n", flush=True)
     with _alone(run.run_dir), _workers(run) as (learner, rollout):
         ring = _make_ring(run, learner, rollout)
