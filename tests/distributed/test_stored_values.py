@@ -29,8 +29,10 @@ from r2vpo_megatron.config import (
 from r2vpo_megatron.observability import StageTimers
 from r2vpo_megatron.orchestration import loop
 from r2vpo_megatron.orchestration.collect import Collector
+from r2vpo_megatron.orchestration.guards import UpdateGuard
+from r2vpo_megatron.orchestration.progress import Progress
 from r2vpo_megatron.parallel.state import ParallelState, destroy_parallel
-from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory
+from r2vpo_megatron.records import Generation, GenerationRequest, Prompt, Trajectory, UpdateResult
 from r2vpo_megatron.replay import ReplayBuffer
 from r2vpo_megatron.rewards import RewardResult
 from r2vpo_megatron.rl.advantages import group_advantages
@@ -151,9 +153,9 @@ class InProcessLearner:
 
     def update(
         self, trajectories: Sequence[Trajectory], ratio_penalty: float, policy_version: int
-    ) -> dict[str, float]:
+    ) -> UpdateResult:
         batches = rank_batches(trajectories, self._config.parallel, self._state)
-        return dict(self._actor.update(batches, ratio_penalty, policy_version))
+        return UpdateResult(self._actor.update(batches, ratio_penalty, policy_version))
 
 
 @contextmanager
@@ -235,7 +237,14 @@ def train(
     def count_update(*_: Any) -> None:
         progress["updates"] += 1
 
-    parts: Any = {"rollout": engine, "learner": learner, "held_out": None}
+    parts: Any = {
+        "rollout": engine,
+        "learner": learner,
+        "held_out": None,
+        "dual": loop.make_dual(config.algorithm),
+        "guard": UpdateGuard(config.guard, model_dir),
+        "progress": Progress(),
+    }
     tokenizer, prompts = Tokenizer(), Prompts()
     collector = Collector(config, tokenizer, judge, prompts, engine, learner)  # type: ignore[arg-type]
     buffer = KeepingBuffer(config.replay.capacity_iterations, seed=3)

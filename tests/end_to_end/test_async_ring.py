@@ -91,8 +91,9 @@ def test_slow_groups_are_carried_over(start, tmp_path):
 @pytest.mark.parametrize(
     ("num_engines", "num_iterations"),
     # The only engine must come back, and get the current weights, for the run to go on at all.
-    [pytest.param(2, 6, id="two"), pytest.param(1, 4, id="the only one", marks=pytest.mark.slow)],
+    [pytest.param(2, 6, id="two"), pytest.param(1, 4, id="the only one")],
 )
+@pytest.mark.slow
 def test_a_run_survives_an_engine_that_is_killed(start, tmp_path, num_engines, num_iterations):
     fields = {
         **LONG_ROLLOUT,

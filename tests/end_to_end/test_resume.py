@@ -159,6 +159,7 @@ def test_side_by_side_it_goes_on_within_its_bounds(start, tmp_path):
     assert lines[4]["replay/realized_utd"] == 2.0
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_and_a_damaged_checkpoint_is_passed_over(start, tmp_path):
     fields = {"train.num-iterations": "2", "evaluation.every-iterations": "0"}
     run = start("r2vpo_off_policy", **{**FIELDS, **fields})

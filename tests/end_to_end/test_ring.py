@@ -23,7 +23,10 @@ from tests.end_to_end.ring_runs import REPO, read_iterations
 
 @pytest.mark.parametrize(
     ("recipe", "updates", "age", "tiny_model"),
-    [("r2vpo_off_policy", 4, 0.5, "untied"), ("r2vpo_on_policy", 2, 0.0, "tied")],
+    [
+        ("r2vpo_off_policy", 4, 0.5, "untied"),
+        pytest.param("r2vpo_on_policy", 2, 0.0, "tied", marks=pytest.mark.slow),
+    ],
     indirect=["tiny_model"],
 )
 def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
@@ -58,6 +61,7 @@ def test_two_iterations(start, tiny_model, tmp_path, recipe, updates, age):
     assert_vllm_serves(folder / "hf")
 
 
+@pytest.mark.slow
 def test_a_dual_controller_moves_lambda_on_the_engines_logprobs(start, tmp_path):
     run = start(
         "r2vpo_off_policy_dual",
@@ -213,6 +217,7 @@ def test_ctrl_c_with_a_tensor_parallel_engine_leaves_nothing(start):
     run.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_row_of_updates_that_are_not_finite_ends_the_run(start, tmp_path):
     # Weights become infinite with the first update; the second must be refused by the learner.
     fields = {"optimizer.lr": "1e30", "guard.max-skipped-updates": "0"}
@@ -225,9 +230,8 @@ def test_a_row_of_updates_that_are_not_finite_ends_the_run(start, tmp_path):
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize(
-    "worker", ["LearnerWorker", pytest.param("RolloutWorker", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", ["LearnerWorker", "RolloutWorker"])
 def test_a_killed_worker_ends_the_run(start, worker):
     """The other learner rank waits in a collective that never ends; the run must not."""
     fields = {"train.num-iterations": "1000", "rollout.max-restarts": "0"}
