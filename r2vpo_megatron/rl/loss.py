@@ -173,7 +173,7 @@ def loss_gradient(
 
 
 def _non_finite(policy_logprobs_N: Tensor, tokens: ResponseTokens, weighted_N: Tensor) -> Tensor:
-    """[N] bool: tokens with something that is not finite; an infinite ratio would be clamped."""
+    """[N] bool: tokens with something that is not finite, whatever the objective makes of it."""
     is_finite = policy_logprobs_N.isfinite() & tokens.behavior_logprobs.isfinite()
     return ~(is_finite & tokens.advantages.isfinite() & weighted_N.isfinite())
 

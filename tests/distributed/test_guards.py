@@ -50,7 +50,7 @@ POISONS: dict[str, Callable[[Trajectory], Trajectory]] = {
     "advantage": lambda sample: replace(sample, advantage=math.nan),
     "infinite advantage": lambda sample: replace(sample, advantage=-math.inf),
     "first log-prob": with_logprob(math.nan, 0),
-    "last log-prob": with_logprob(-math.inf, -1),  # its ratio is clamped: the loss is finite
+    "last log-prob": with_logprob(-math.inf, -1),
 }
 
 
@@ -107,6 +107,8 @@ def test_a_refused_update_leaves_no_trace_on_any_rank(
     parallel: ParallelConfig, folder: Path
 ) -> None:
     config = run_config(parallel)
+    # A refused update that counted all the same would show in the rate of the next.
+    config = replace(config, optimizer=replace(config.optimizer, warmup_updates=20))
     poisoned: list[Seen] = run_ranks(2, poisoned_updates, config, folder)
     sound: list[Any] = run_ranks(2, sound_updates, config, folder)
     guilty = (SOUND[1].sample_id, SOUND[4].sample_id)

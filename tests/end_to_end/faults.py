@@ -207,7 +207,7 @@ def reward_is_nan(scene: Scene) -> str:
     nan = {"data.reward": "tests.end_to_end.faults:at_last_nan"}
     scene.ends(scene.start(**nan), "has the score nan: must be finite")
     scene.goes_on(**{"checkpoint.allow-changes": "data.reward"})
-    return "the run ends and names the reward and the sample; goes on with a mended reward"
+    return "the run ends and names the prompt; goes on with a mended reward"
 
 
 NUM_JUDGED = itertools.count()
