@@ -12,6 +12,7 @@ from pathlib import Path
 
 from r2vpo_megatron.cli.command_line import parse_command_line
 from r2vpo_megatron.cli.errors import RunFailed, run_command
+from r2vpo_megatron.orchestration.interrupts import ignore_requests
 
 PROGRAM = "python -m r2vpo_megatron.cli.train"
 _RESUME = re.compile(r"^--resume(=|$)")
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
+    ignore_requests()
     arguments = [_RESUME.sub(r"--checkpoint.resume\1", argument) for argument in arguments]
     command = parse_command_line(
         PROGRAM, "Trains a model by a recipe; --resume is --checkpoint.resume.", arguments

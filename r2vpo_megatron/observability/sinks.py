@@ -84,15 +84,16 @@ class MetricsWriter:
 def read_metrics(path: Path, key: str = "iteration") -> list[dict[str, Any]]:
     """Read the records that a `MetricsWriter` wrote.
 
-    An iteration that was run again after a resume counts once, with its last record, so that the
-    result is one row per iteration in order; likewise with the key `update`. A torn last line is
-    left out.
+    An iteration that was run again after a resume counts once, with its last record, and none
+    counts that lies beyond where the run went back to; so the result is one row per iteration in
+    order. Likewise with the key `update`. A torn last line is left out.
 
     Raises:
         ValueError: another line is not a record.
     """
     text = path.read_text(encoding="utf-8")
     by_number: dict[int, dict[str, Any]] = {}
+    newest = -1
     for line_number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
@@ -103,6 +104,9 @@ def read_metrics(path: Path, key: str = "iteration") -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}:{line_number}: not a metrics record (a JSON object with an {key})"
             ) from error
+        if number < newest:  # the run went back: what it had made beyond is not its own any more
+            by_number = {known: by_number[known] for known in by_number if known < number}
+        newest = number
         by_number[number] = {name: _decode(value) for name, value in record.items()}
     return [by_number[number] for number in sorted(by_number)]
 

@@ -54,7 +54,8 @@ class GroupSchedule:
     def num_startable(self, iteration: int) -> int:
         """How many groups more may be started while `iteration` is waited for and learned."""
         limit = self._size * (iteration + self._ahead) + self._max_overtaken
-        return min(limit, self._size * self._num_iterations) - self._num_started
+        limit = min(limit, self._size * self._num_iterations)
+        return max(0, limit - self._num_started)  # a resumed run may be a shorter one
 
     def start(self, prompt: Prompt, sample_ids: tuple[str, ...], iteration: int) -> None:
         """Note a group that is started under the weights that `iteration` begins with."""

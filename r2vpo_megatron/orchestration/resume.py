@@ -12,6 +12,7 @@ from r2vpo_megatron.checkpoint.run_folder import (
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     Manifest,
+    list_checkpoints,
     newest_sound,
     verify_checkpoint,
 )
@@ -81,8 +82,13 @@ def _find_by_name(config: RunConfig, say: Callable[[str], None]) -> ResumePoint 
         return None
     root = run_dir / CHECKPOINTS_FOLDER
     manifest = newest_sound(root, say) if root.is_dir() else None
+    if manifest is None and list_checkpoints(root):
+        raise ValueError(
+            f"checkpoint.resume = 'auto': no checkpoint of {root} can be read as it was written; "
+            "valid: a run with a sound one, or another output.run_name to begin anew"
+        )
     if manifest is None:
-        say(f"{run_dir} has no sound checkpoint: the run begins anew there")
+        say(f"{run_dir} has no checkpoint: the run begins anew there")
     return ResumePoint(run_dir, manifest)
 
 

@@ -31,7 +31,6 @@ from r2vpo_megatron.orchestration.interrupts import (
     Interrupts,
     StopRequested,
     end_by,
-    ignore_requests,
 )
 from r2vpo_megatron.orchestration.iteration_metrics import Metrics
 from r2vpo_megatron.orchestration.learner_group import LearnerGroup
@@ -62,7 +61,6 @@ def run_training(run: PreparedRun) -> None:
         KeyboardInterrupt, SystemExit: a signal asked the run to end; see `Interrupts`.
     """
     started = time.monotonic()
-    ignore_requests()  # until `_turn`
     print(f"{run.recipe} -> {run.run_dir}", describe_run(run), sep="\n", flush=True)
     with _alone(run.run_dir), _workers(run) as (learner, rollout):
         ring = _make_ring(run, learner, rollout)

@@ -146,3 +146,12 @@ def test_what_cannot_work_is_refused() -> None:
     config = replace(config, algorithm=replace(config.algorithm, behavior_logprobs="learner"))
     with pytest.raises(ValueError, match=r"algorithm.behavior_logprobs = 'learner' .* 'rollout'"):
         config.validate()
+
+
+def test_a_run_that_goes_on_with_fewer_iterations_starts_nothing_more() -> None:
+    schedule = GroupSchedule(make_config(mode="asynchronous", max_staleness=1))
+    start_all(schedule, 1)  # groups of iterations 1 and 2
+    shorter = GroupSchedule(make_config(num_iterations=1, mode="asynchronous", max_staleness=1))
+    prompt = Prompt("p", (1,), "")
+    shorter.load_state_dict(schedule.state_dict(), lambda number: (prompt, (str(number),)))
+    assert shorter.num_started == 6 and shorter.num_startable(1) == 0

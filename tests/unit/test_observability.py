@@ -271,3 +271,16 @@ def test_importing_it_loads_no_framework() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_records_beyond_where_a_run_went_back_to_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    numbers = [0, 1, 2, 3, 4, 2, 3]
+    lines = [json.dumps({"iteration": number, "x": place}) for place, number in enumerate(numbers)]
+    path.write_text("\n".join(lines) + "\n")
+    assert [(r["iteration"], r["x"]) for r in read_metrics(path)] == [
+        (0, 0),
+        (1, 1),
+        (2, 5),
+        (3, 6),
+    ]
