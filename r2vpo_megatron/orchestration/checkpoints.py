@@ -32,7 +32,6 @@ from r2vpo_megatron.config import CheckpointConfig
 from r2vpo_megatron.orchestration.progress import Progress, is_due
 from r2vpo_megatron.replay import ReplayBuffer
 
-POLL_SECONDS = 0.05
 LEARNER_FOLDER = "learner"
 
 
@@ -128,7 +127,7 @@ class RunCheckpoints:
         """
         start = time.perf_counter()
         is_written = self._conclude(wait=True)
-        position = Position(self._progress.iteration - 1, self._progress.num_mini_batches)
+        position = self._progress.position
         if position != self._saved_at or not is_written:
             try:
                 self._begin(position)

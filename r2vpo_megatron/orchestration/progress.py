@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from r2vpo_megatron.checkpoint.run_folder import Position
 from r2vpo_megatron.orchestration.iteration_metrics import Metrics
 
 
@@ -32,6 +33,11 @@ class Progress:
     undrawn: dict[str, Any] | None = None
     num_mini_batches: int = 0
     updates: list[Metrics] = field(default_factory=list)
+
+    @property
+    def position(self) -> Position:
+        """What a checkpoint of this place is named by."""
+        return Position(self.iteration - 1, self.num_mini_batches)
 
     def begin_next(self) -> None:
         """The iteration is complete."""

@@ -241,8 +241,7 @@ def _checkpoints(run: PreparedRun, ring: Ring, say: Callable[[str], None]) -> Ru
 
 def _export(run: PreparedRun, ring: Ring, say: Callable[[str], None]) -> None:
     """Write the current weights in Hugging Face format; those of before with this name stay."""
-    position = Position(ring.progress.iteration - 1, ring.progress.num_mini_batches)
-    folder = run.run_dir / "exports" / position.name
+    folder = run.run_dir / "exports" / ring.progress.position.name
     try:
         if not folder.exists():
             ring.learner.save_hf(folder)
