@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks._shapes import Shape
+
 # torch is imported in the children only: a child's peak would start at its parent's.
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,25 +41,12 @@ MIB = 2**20
 BLOCK_ELEMENTS = 8 * MIB  # of random weights, made at a time
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decoder with tied embeddings."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-
-
 SHAPES = {
-    "20M": Shape(256, 12, 4, 2, 64, 1024, 32000),
-    "0.1B": Shape(768, 12, 12, 6, 64, 2304, 32000),
-    "0.5B": Shape(1024, 26, 8, 4, 128, 4096, 153376),
-    "1B": Shape(1536, 26, 12, 6, 128, 6144, 153376),  # openPangu-Embedded-1B's
-    "2B": Shape(2048, 28, 16, 8, 128, 8192, 153376),
+    "20M": Shape(256, 12, 4, 2, 1024, 32000, head_dim=64),
+    "0.1B": Shape(768, 12, 12, 6, 2304, 32000, head_dim=64),
+    "0.5B": Shape(1024, 26, 8, 4, 4096, 153376, head_dim=128),
+    "1B": Shape(1536, 26, 12, 6, 6144, 153376, head_dim=128),  # openPangu-Embedded-1B's
+    "2B": Shape(2048, 28, 16, 8, 8192, 153376, head_dim=128),
 }
 CURVE = ("0.1B", "0.5B", "1B", "2B")
 
