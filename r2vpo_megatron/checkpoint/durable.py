@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
 
-def synchronize(folder: str | Path) -> None:
+def synchronize(folder: str | Path, is_given_up: Callable[[], bool] = lambda: False) -> None:
     """Bring a folder to the disk: its files, its subfolders, itself, and its name in its parent.
 
+    Args:
+        folder: complete.
+        is_given_up: asked before each file.
+
     Raises:
-        OSError: the disk is full or failed.
+        OSError: the disk is full or failed; InterruptedError, it was given up.
     """
     folder = Path(folder)
     for path in sorted(folder.rglob("*")):
+        if is_given_up():
+            raise InterruptedError(errno.EINTR, "given up")
         synchronize_one(path)
     synchronize_one(folder)
     synchronize_one(folder.absolute().parent)

@@ -11,6 +11,7 @@ says what must be in it. One of the same name goes aside meanwhile, and comes ba
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ LATEST_FILE = "latest"
 _FORMAT = 1
 _NAME = re.compile(r"iteration-(\d{6,})(?:-update-(\d{3,}))?")
 _HASHING_THREADS = 4
+_HASHED_BYTES = 1 << 20  # at a time
 _MOST_NAMED = 5
 _REPLACED, _REMOVED = ".replaced-", ".removed-"  # before the name of a checkpoint
 
@@ -51,17 +53,17 @@ class Position:
 
     Attributes:
         iteration: number of iterations that are complete.
-        num_updates: mini-batches of the next one that have been learned from.
+        num_mini_batches: of the next one that have been learned from.
     """
 
     iteration: int
-    num_updates: int = 0
+    num_mini_batches: int = 0
 
     @property
     def name(self) -> str:
         """Of its folder; in the order of positions."""
         name = f"iteration-{self.iteration:06d}"
-        return f"{name}-update-{self.num_updates:03d}" if self.num_updates else name
+        return f"{name}-update-{self.num_mini_batches:03d}" if self.num_mini_batches else name
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -118,27 +120,37 @@ def discard_checkpoint(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def seal_checkpoint(partial: Path, name: str, facts: Mapping[str, Any]) -> Path:
+def seal_checkpoint(
+    partial: Path,
+    name: str,
+    facts: Mapping[str, Any],
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> Path:
     """Make a written folder the checkpoint of this name, and the latest.
 
     Args:
         partial: from `begin_checkpoint`, complete but for its manifest.
         name: of the checkpoint; one that is there already is replaced.
         facts: JSON values for the manifest.
+        is_given_up: asked again and again until the checkpoint has its name, by any thread.
 
     Returns:
         Its folder, which is on the disk with all that is in it.
 
     Raises:
-        CheckpointNotWritten: the disk is full or failed. `partial` is gone, and what was there is
-            still there; `latest` may name either.
+        CheckpointNotWritten: the disk is full or failed, or it was given up. `partial` is gone, and
+            what was there is still there; `latest` may name either.
     """
     root = partial.parent
     try:
         _make_private(partial)
-        manifest = {"format": _FORMAT, "facts": dict(facts), "files": _hash_files(partial)}
+        manifest = {
+            "format": _FORMAT,
+            "facts": dict(facts),
+            "files": _hash_files(partial, is_given_up),
+        }
         _write_durably(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
-        synchronize(partial)
+        synchronize(partial, is_given_up)
         final = root / name
         if final.exists():
             final.rename(root / f"{_REPLACED}{name}")
@@ -164,6 +176,21 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: Position.parse(path.name), reverse=True)
 
 
+def by_latest(root: Path) -> tuple[list[Path], list[Path]]:
+    """Checkpoints, newest first: the latest and those before it, and those beyond it.
+
+    A run goes on from the first of the former that is sound, else of the latter.
+    """
+    folders = list_checkpoints(root)
+    try:
+        name = (root / LATEST_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return folders, []
+    names = [folder.name for folder in folders]
+    first = names.index(name) if name in names else 0
+    return folders[first:], folders[:first]
+
+
 def retain(root: Path, keep_last: int, keep_every_iterations: int) -> list[str]:
     """Remove checkpoints that are not to be kept.
 
@@ -178,11 +205,11 @@ def retain(root: Path, keep_last: int, keep_every_iterations: int) -> list[str]:
         Names of those that are gone, the oldest first.
     """
     assert keep_last >= 1, keep_last
-    every, (up_to_latest, _) = keep_every_iterations, _by_latest(root)
+    every, (up_to_latest, _) = keep_every_iterations, by_latest(root)
     removed = []
     for folder in reversed(up_to_latest[keep_last:]):
         position = Position.parse(folder.name)
-        if every > 0 and not position.num_updates and position.iteration % every == 0:
+        if every > 0 and not position.num_mini_batches and position.iteration % every == 0:
             continue
         hidden = root / f"{_REMOVED}{folder.name}-{secrets.token_hex(4)}"
         folder.rename(hidden)  # a kill in the middle leaves no half of a checkpoint
@@ -242,7 +269,7 @@ def newest_sound(root: Path, on_damaged: Callable[[str], None]) -> Manifest | No
     """
     if root.is_dir():
         _restore_replaced(root)
-    up_to_latest, beyond = _by_latest(root)
+    up_to_latest, beyond = by_latest(root)
     for folder in (*up_to_latest, *beyond):
         try:
             return verify_checkpoint(folder)
@@ -272,18 +299,6 @@ def require_private(folder: Path) -> None:
         )
 
 
-def _by_latest(root: Path) -> tuple[list[Path], list[Path]]:
-    """Checkpoints, newest first: the latest and those before it, and those beyond it."""
-    folders = list_checkpoints(root)
-    try:
-        name = (root / LATEST_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return folders, []
-    names = [folder.name for folder in folders]
-    first = names.index(name) if name in names else 0
-    return folders[first:], folders[:first]
-
-
 def _restore_replaced(root: Path) -> None:
     """Give back its name to what was about to be replaced when the writer was killed."""
     for path in root.glob(f"{_REPLACED}*"):
@@ -309,19 +324,24 @@ def _read_manifest(folder: Path) -> Manifest:
         raise CheckpointDamaged(f"{folder}: no manifest can be read: {error}") from error
 
 
-def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+def _hash_files(folder: Path, is_given_up: Callable[[], bool]) -> dict[str, dict[str, Any]]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = list(pool.map(_digest, paths))
+        digests = list(pool.map(lambda path: _digest(path, is_given_up), paths))
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, digests, strict=True)
     }
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path, is_given_up: Callable[[], bool] = lambda: False) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            if is_given_up():
+                raise InterruptedError(errno.EINTR, "given up")
+    return digest.hexdigest()
 
 
 def _content_fault(path: Path, sha256: str) -> str:

@@ -191,6 +191,20 @@ def test_a_disk_that_fails_to_synchronize_leaves_what_was_there(tmp_path, monkey
     assert sound_text(tmp_path) == "old"
 
 
+@pytest.mark.parametrize("num_asked", [1, 2, 3, 4, 5])
+def test_one_that_is_given_up_leaves_what_was_there(tmp_path, num_asked):
+    """At either file's hashing, or before either is brought to the disk."""
+    write(tmp_path, "iteration-000001", "old")
+    partial = begin_checkpoint(tmp_path, "iteration-000001")
+    for name in ("a", "b"):
+        (partial / name).write_text(name)
+    answers = iter([False] * (num_asked - 1) + [True] * 9)
+    with pytest.raises(CheckpointNotWritten, match="given up"):
+        seal_checkpoint(partial, "iteration-000001", {}, lambda: next(answers))
+    assert sound_text(tmp_path) == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration-000001", "latest"]
+
+
 def write_without_end(root: Path, first: int, sealed) -> None:
     """Every position twice, as a run does that is resumed; tells of each that is sealed."""
     for iteration in range(first, first + 10**6):
