@@ -22,6 +22,10 @@ WAITS_PER_DEADLINE = 8  # of which one at most passes while the driver itself is
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
+class NoAnswer(TimeoutError):
+    """A part of the run did not answer in time; any other TimeoutError is of a file or a socket."""
+
+
 @contextlib.contextmanager
 def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
     """Join the Ray cluster at `runtime.ray_address`, or start one on this machine for the block.
@@ -114,19 +118,19 @@ def get_in_time(references: Any, timeout_seconds: float, stage: str) -> Any:
         stage: what is waited for, for the error.
 
     Raises:
-        TimeoutError: not all results came in time.
+        NoAnswer: not all results came in time.
     """
     for _ in range(WAITS_PER_DEADLINE):
         with contextlib.suppress(ray.exceptions.GetTimeoutError):
             return ray.get(references, timeout=timeout_seconds / WAITS_PER_DEADLINE)
-    raise TimeoutError(_no_answer(stage, timeout_seconds))
+    raise NoAnswer(_no_answer(stage, timeout_seconds))
 
 
 def wait_for(reference: Any, watched: Sequence[Any], timeout_seconds: float, stage: str) -> Any:
     """The result of one remote call, or at once the error of another that it depends on.
 
     Raises:
-        TimeoutError: nothing came in time, as in `get_in_time`.
+        NoAnswer: nothing came in time, as in `get_in_time`.
     """
     pending, waits_left = [reference, *watched], WAITS_PER_DEADLINE
     while waits_left:
@@ -139,7 +143,7 @@ def wait_for(reference: Any, watched: Sequence[Any], timeout_seconds: float, sta
         result = ray.get(ready[0])
         if ready[0] == reference:
             return result
-    raise TimeoutError(_no_answer(stage, timeout_seconds))
+    raise NoAnswer(_no_answer(stage, timeout_seconds))
 
 
 def _no_answer(stage: str, timeout_seconds: float) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
+from r2vpo_megatron.orchestration.cluster import WAITS_PER_DEADLINE
 from r2vpo_megatron.orchestration.pool_engines import PoolEngine, describe_error
-
-WAITS_PER_HANG = 8  # of which one at most passes while the driver itself is stopped
 
 Pending = list[tuple[PoolEngine, Future[Any]]]
 
@@ -78,12 +77,12 @@ class PushTargets:
         Raises:
             TargetsLost: none is left; with the causes.
         """
-        waits_left = WAITS_PER_HANG
+        waits_left = WAITS_PER_DEADLINE
         results = []
         for engine, future in pending:
             if engine not in self._engines:
                 continue
-            while waits_left and not wait([future], self._hang_seconds / WAITS_PER_HANG).done:
+            while waits_left and not wait([future], self._hang_seconds / WAITS_PER_DEADLINE).done:
                 waits_left -= 1
             if not future.done():
                 self._leave_behind(engine, f"no answer in {self._hang_seconds:g} s")

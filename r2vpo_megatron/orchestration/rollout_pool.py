@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.orchestration.cluster import NoAnswer
 from r2vpo_megatron.orchestration.engine_loop import EngineLoop, LoopCounts, LoopSettings, Pace
 from r2vpo_megatron.orchestration.pool_engines import (
     EngineHandle,
@@ -48,8 +49,8 @@ class RolloutPool:
             `only_waiting`); called within `wait_for`. None: as long as no weights were pushed, a
             restarted engine serves what the model folder holds.
         on_event: is told of every engine that is lost, in a line; within calls of the pool.
-        before_look: called again and again while responses are waited for; may end the wait by
-            an exception.
+        before_look: called again and again while responses are waited for, and the rest of the
+            engines before a push; may end the wait by an exception.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class RolloutPool:
         """Wait until the condition, given the sample ids that are finished, is not None.
 
         Raises:
-            TimeoutError: the engines made no progress in `runtime.timeout_seconds`.
+            NoAnswer: the engines made no progress in `runtime.timeout_seconds`.
             ValueError: an engine refuses a request.
             RuntimeError: more engines were lost than `rollout.max_restarts`, or all in a push.
         """
@@ -195,7 +196,7 @@ class RolloutPool:
 
         Raises:
             ValueError: a sequence is too long.
-            TimeoutError, RuntimeError: as `wait_for`.
+            NoAnswer, RuntimeError: as `wait_for`.
         """
         while True:
             engines = self._wait_until(
@@ -219,7 +220,7 @@ class RolloutPool:
             only_waiting: to restarted engines that lack weights; the others sample meanwhile.
 
         Raises:
-            TimeoutError: the engines did not come to rest, or none was there, in
+            NoAnswer: the engines did not come to rest, or none was there, in
                 `runtime.timeout_seconds`.
         """
         with self._loop.changed:
@@ -317,7 +318,7 @@ class RolloutPool:
                 return None
             return serving + loop.in_state(EngineState.WAITING) or None
 
-        engines = self._wait_until(at_rest)
+        engines = self._wait_until(at_rest, before=self.before_look)
         if in_flight == "abort":
             self._abort([engine for engine in engines if engine.state is EngineState.SERVING])
             engines = self._wait_until(at_rest)
@@ -371,7 +372,7 @@ class RolloutPool:
                     began = now  # the driver itself was stopped
                 looked_at = now
                 if now - max(began, loop.progressed_at) > self._timeout:
-                    raise TimeoutError(
+                    raise NoAnswer(
                         f"no progress of the rollout in {self._timeout:g} s: {self._doings()}"
                     )
                 loop.changed.wait(WATCH_SECONDS)

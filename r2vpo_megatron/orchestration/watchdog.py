@@ -23,7 +23,7 @@ from r2vpo_megatron.observability.stacks import (
     examine_processes,
     write_stacks_when_asked,
 )
-from r2vpo_megatron.orchestration.cluster import current_node_id
+from r2vpo_megatron.orchestration.cluster import NoAnswer, current_node_id
 
 DRIVER = "driver"
 LEARNER = "learner rank"
@@ -53,7 +53,7 @@ def announce(name: str) -> Heartbeat:
 
 @contextmanager
 def explain_timeouts(num_ranks: int, stacks_path: Path) -> Iterator[None]:
-    """Replace a TimeoutError of the block by a StageTimeout, and write the stacks of all processes.
+    """Replace a NoAnswer of the block by a StageTimeout, and write the stacks of all processes.
 
     A deadline that passed in a worker is that worker's error and stays. While the block lasts,
     STACK_SIGNAL has the driver write its stacks to stderr.
@@ -70,7 +70,7 @@ def explain_timeouts(num_ranks: int, stacks_path: Path) -> Iterator[None]:
         yield
     except RayTaskError:
         raise
-    except TimeoutError as error:
+    except NoAnswer as error:
         raise StageTimeout(_explanation(error, num_ranks, stacks_path)) from error
     finally:
         faulthandler.unregister(STACK_SIGNAL)
@@ -111,7 +111,7 @@ def _progress(process: ProcessReport) -> tuple[int, bool, int, bool]:
     return 2 * beat.num_stages - beat.is_inside, is_waiting, beat.step, not is_kept_by_kernel
 
 
-def _explanation(error: TimeoutError, num_ranks: int, stacks_path: Path) -> str:
+def _explanation(error: NoAnswer, num_ranks: int, stacks_path: Path) -> str:
     """One line: what was waited for, who lags, where the stacks are; writes these."""
     parts = [str(error) or "a deadline passed"]
     processes: list[ProcessReport] = []

@@ -105,6 +105,21 @@ def test_a_push_with_drain_waits_for_what_engines_have_and_no_more() -> None:
         assert {g.token_ids for g in given[10:]} == {(2, 2, 2)}
 
 
+def test_a_run_that_is_to_end_does_not_wait_for_what_is_drained() -> None:
+    with pool_of(in_flight="drain") as (pool, engines):
+        engines.go.clear()
+        pool.submit(requests_of(20), SAMPLING)
+        until(lambda: all(len(engine.requests) == 5 for engine in engines.made))
+
+        def end() -> None:
+            raise KeyboardInterrupt
+
+        pool.before_look = end
+        with pytest.raises(KeyboardInterrupt), pool.pushing(2):
+            pytest.fail("engines are not at rest")
+        engines.go.set()
+
+
 def test_an_engine_that_fails_in_a_push_is_left_behind_and_replaced() -> None:
     with pool_of() as (pool, engines):
         pool.refresh = lambda: push(pool, pool.policy_version, only_waiting=True)

@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RaySystemError, RayTaskError
 from r2vpo_megatron.observability.heartbeat import Beat
 from r2vpo_megatron.observability.stacks import ProcessReport
 from r2vpo_megatron.orchestration import watchdog
-from r2vpo_megatron.orchestration.cluster import get_in_time, wait_for
+from r2vpo_megatron.orchestration.cluster import NoAnswer, get_in_time, wait_for
 from r2vpo_megatron.orchestration.watchdog import (
     ENGINE,
     StageTimeout,
@@ -114,7 +114,7 @@ def test_the_error_names_stage_laggard_and_file(monkeypatch, tmp_path):
     ranks = [process(0, stacks="stack of 0"), process(1, step=1, stacks="stack of 1")]
     give(monkeypatch, ranks, [])
     path = tmp_path / "stacks.txt"
-    cause = TimeoutError("update: no answer in 20 s")
+    cause = NoAnswer("update: no answer in 20 s")
     with pytest.raises(StageTimeout) as raised, explain_timeouts(2, path):
         raise cause
     assert raised.value.__cause__ is cause
@@ -143,7 +143,7 @@ def test_a_rank_that_no_node_knows_is_gone_if_all_have_answered(
 ):
     give(monkeypatch, [process(0, step=1)], silent)
     with pytest.raises(StageTimeout) as raised, explain_timeouts(2, tmp_path / "stacks.txt"):
-        raise TimeoutError
+        raise NoAnswer
     assert str(raised.value).startswith(f"a deadline passed; {expected}")
     assert all(f"no answer from {node}" in str(raised.value) for node in silent)
     assert f"=== learner rank 1 ({state})\n" in (tmp_path / "stacks.txt").read_text()
@@ -155,7 +155,7 @@ def test_where_ray_does_not_answer_the_stage_and_the_drivers_stacks_are_kept(mon
 
     monkeypatch.setattr(watchdog, "_examine_run", fail)
     with pytest.raises(StageTimeout) as raised, explain_timeouts(2, tmp_path / "stacks.txt"):
-        raise TimeoutError("update: no answer in 20 s")
+        raise NoAnswer("update: no answer in 20 s")
     assert str(raised.value).startswith("update: no answer in 20 s; processes could not be looked")
     assert "in _write_stacks" in (tmp_path / "stacks.txt").read_text()
 
@@ -163,7 +163,7 @@ def test_where_ray_does_not_answer_the_stage_and_the_drivers_stacks_are_kept(mon
 def test_a_full_disk_does_not_hide_the_laggard(monkeypatch):
     give(monkeypatch, [process(0), process(1, step=1)], [])
     with pytest.raises(StageTimeout) as raised, explain_timeouts(2, Path("/dev/full")):
-        raise TimeoutError("update")
+        raise NoAnswer("update")
     assert "it waits for learner rank 1 (" in str(raised.value)
     assert "stacks could not be written: [Errno 28]" in str(raised.value)
 
