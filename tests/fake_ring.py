@@ -163,6 +163,7 @@ def make_ring(
         dual=make_dual(config.algorithm),
         guard=UpdateGuard(config.guard, run_dir),
         progress=Progress(),
+        timers=StageTimers(),
     )
 
 
@@ -176,8 +177,6 @@ def run_loop(
     """Every iteration's metrics, and every update's number and metrics."""
     ring = make_ring(config, learner, rollout or FakeRollout(), judge, run_dir)
     updates: list[Any] = []
-    turns = train(
-        config, ring, StageTimers(), lambda number, update: updates.append((number, update))
-    )
+    turns = train(config, ring, lambda number, update: updates.append((number, update)))
     metrics = [record for record, _ in turns]
     return metrics, updates

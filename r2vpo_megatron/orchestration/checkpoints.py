@@ -12,12 +12,14 @@ that was being written.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from r2vpo_megatron.checkpoint.run_folder import (
     CheckpointNotWritten,
@@ -29,6 +31,7 @@ from r2vpo_megatron.checkpoint.run_folder import (
 )
 from r2vpo_megatron.checkpoint.state_file import load_state, save_state
 from r2vpo_megatron.config import CheckpointConfig
+from r2vpo_megatron.orchestration.cluster import NoAnswer
 from r2vpo_megatron.orchestration.progress import Progress, is_due
 from r2vpo_megatron.replay import ReplayBuffer
 
@@ -63,6 +66,14 @@ class SavedLearner(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Sealed:
+    """A checkpoint that is on the disk."""
+
+    folder: Path
+    fault: str = ""  # why old ones are still there
+
+
 @dataclass
 class _Pending:
     """A checkpoint that is being written."""
@@ -70,11 +81,14 @@ class _Pending:
     folder: Path
     position: Position
     written: Future[None]  # the driver's files
-    sealed: Future[Path] | None = None
+    sealed: Future[_Sealed] | None = None
 
 
 class RunCheckpoints:
-    """Writes the run's checkpoints.
+    """Writes the run's checkpoints while its block lasts.
+
+    What is complete but for its hashes when the block ends still becomes a checkpoint, unless the
+    block ends because a signal wants the run to end at once.
 
     Args:
         config: when, and how many are kept.
@@ -103,8 +117,30 @@ class RunCheckpoints:
         self._progress, self._say = progress, say
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
-        self._saved_at: Position | None = None
+        self._saved_at: Position | None = None  # by this process: it may have gone back
+        self._is_given_up = threading.Event()
         self.seconds = 0.0  # that training has waited, since `metrics`
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._is_given_up.set()
+        try:
+            self._writer.shutdown(wait=True)
+        except BaseException:  # a signal: the thread would keep the process
+            self._is_given_up.set()
+            raise
+        if self._pending is not None and self._pending.sealed is None:
+            discard_checkpoint(self._pending.folder)
+            self._pending = None
+        self._conclude(wait=True)  # says what became of it
 
     def after_iteration(self) -> None:
         """Write one if it is due; an iteration has just been completed."""
@@ -132,7 +168,7 @@ class RunCheckpoints:
             try:
                 self._begin(position)
                 is_written = self._conclude(wait=wait or not self._config.asynchronous)
-            except TimeoutError:  # an OSError, too: a rank does not answer
+            except NoAnswer:  # an OSError, too
                 raise
             except OSError as error:
                 self._say(f"checkpoint {position.name} was not written: {error}")
@@ -150,13 +186,6 @@ class RunCheckpoints:
         """How long training has waited for checkpoints since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return {"time/checkpoint_seconds": seconds}
-
-    def close(self) -> None:
-        """Give up what is being written."""
-        self._writer.shutdown(wait=True)
-        if self._pending is not None and self._pending.sealed is None:
-            discard_checkpoint(self._pending.folder)
-        self._pending = None
 
     def _begin(self, position: Position) -> None:
         folder = begin_checkpoint(self._root, position.name)
@@ -187,14 +216,11 @@ class RunCheckpoints:
                     return True
                 self._learner.finish_save_state()
                 pending.written.result()
-                facts = {**self._facts, "written_at": time.time()}
-                pending.sealed = self._writer.submit(
-                    seal_checkpoint, pending.folder, pending.position.name, facts
-                )
+                pending.sealed = self._writer.submit(self._seal, pending)
             if not wait and not pending.sealed.done():
                 return True
-            folder = pending.sealed.result()
-        except TimeoutError:
+            sealed = pending.sealed.result()
+        except NoAnswer:
             raise
         except (OSError, CheckpointNotWritten) as error:
             self._pending = None
@@ -203,12 +229,21 @@ class RunCheckpoints:
             self._say(f"checkpoint {pending.position.name} was not written: {error}")
             return False
         self._pending, self._saved_at = None, pending.position
-        self._say(f"checkpoint: {folder}")
+        self._say(f"checkpoint: {sealed.folder}")
+        if sealed.fault:
+            self._say(f"old checkpoints were not removed: {sealed.fault}")
+        return True
+
+    def _seal(self, pending: _Pending) -> _Sealed:
+        """Name it, then remove those that it makes old."""
+        facts = {**self._facts, "written_at": time.time()}
+        name, is_given_up = pending.position.name, self._is_given_up.is_set
+        folder = seal_checkpoint(pending.folder, name, facts, is_given_up)
         try:
             retain(self._root, self._config.keep_last, self._config.keep_every_iterations)
         except OSError as error:
-            self._say(f"old checkpoints were not removed: {error}")
-        return True
+            return _Sealed(folder, fault=str(error))
+        return _Sealed(folder)
 
 
 def restore(

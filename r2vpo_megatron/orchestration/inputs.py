@@ -19,7 +19,12 @@ from r2vpo_megatron.data.prompts import fingerprint_prompts, load_prompts
 from r2vpo_megatron.device import get_platform
 from r2vpo_megatron.models.spec import ModelSpec, read_model_spec, validate_layout
 from r2vpo_megatron.observability import write_run_config
-from r2vpo_megatron.orchestration.resume import find_resume_point, require_same_run
+from r2vpo_megatron.orchestration.resume import (
+    RunLock,
+    choose_checkpoint,
+    find_resume_point,
+    require_same_run,
+)
 from r2vpo_megatron.records import Prompt
 from r2vpo_megatron.rewards import FORMAT_CHECKS, RewardFunction, load_reward
 from r2vpo_megatron.rewards.preflight import check_answer_form
@@ -37,6 +42,7 @@ class PreparedRun:
         config: resolved: concrete device, absolute paths.
         recipe: where the configuration came from, `file.py:function`.
         run_dir: the run's own folder, holding config.json.
+        lock: on that folder; whoever trains releases it.
         resume: folder of the checkpoint that it goes on from; None for a run that begins.
         facts: what its checkpoints say of it, in JSON values.
         model_dir: the checkpoint to start from.
@@ -48,6 +54,7 @@ class PreparedRun:
     config: RunConfig
     recipe: str
     run_dir: Path
+    lock: RunLock
     resume: Path | None
     facts: dict[str, Any]
     model_dir: Path
@@ -58,10 +65,11 @@ class PreparedRun:
 
 
 def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
-    """Check everything that can be known before processes start, then make the run's folder.
+    """Check all that can be known before processes start, then make and lock the run's folder.
 
     Raises:
-        ValueError: naming the field, file or line at fault, and what is valid.
+        ValueError: naming the field, file or line at fault, and what is valid; or another process
+            is at work in the run's folder, where nothing has been touched then.
         ModuleNotFoundError: a package that the run will need is missing.
     """
     config.validate()
@@ -88,18 +96,13 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     if config.data.check_answer_form and config.data.train_prompts:
         _check_answer_form(train_path, train_prompts, reward)
     facts = _facts(config, recipe, model_dir, train_prompts)
-    point = find_resume_point(config, _say)
-    manifest = point.manifest if point else None
-    if manifest is not None:
-        require_same_run(manifest, facts, config, _say)
-        _say(f"goes on from {manifest.folder}")
-    run_dir = point.run_dir if point else _make_run_dir(config, recipe)
-    write_run_config(run_dir, config.to_dict(), recipe, model_dir)
+    run_dir, resume, lock = enter_run(config, recipe, facts, model_dir)
     return PreparedRun(
         config=config,
         recipe=recipe,
         run_dir=run_dir,
-        resume=manifest.folder if manifest else None,
+        resume=resume,
+        lock=lock,
         facts=facts,
         model_dir=model_dir,
         spec=spec,
@@ -107,6 +110,38 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
         train_prompts=train_prompts,
         held_out_prompts=held_out_prompts[: config.evaluation.num_prompts],
     )
+
+
+def enter_run(
+    config: RunConfig, recipe: str, facts: dict[str, Any], model_dir: Path
+) -> tuple[Path, Path | None, RunLock]:
+    """Make or find the run's folder and lock it, before anything there is read or changed.
+
+    Args:
+        config: of the run.
+        recipe: where it came from.
+        facts: what the run is, to compare with those of its checkpoint.
+        model_dir: of the model.
+
+    Returns:
+        The folder, the checkpoint to go on from, if any, and the lock.
+
+    Raises:
+        ValueError: another process is at work there, or what is there is not such a run.
+    """
+    point = find_resume_point(config)
+    run_dir = point.run_dir if point else _make_run_dir(config, recipe)
+    lock = RunLock(run_dir)
+    try:
+        manifest = choose_checkpoint(point, config, _say) if point else None
+        if manifest is not None:
+            require_same_run(manifest, facts, config, _say)
+            _say(f"goes on from {manifest.folder}")
+        write_run_config(run_dir, config.to_dict(), recipe, model_dir)
+    except BaseException:
+        lock.release()
+        raise
+    return run_dir, manifest.folder if manifest else None, lock
 
 
 def _facts(

@@ -24,15 +24,19 @@ class StopRequested(Exception):
 class Interrupts:
     """Takes the signals of this process while its block lasts; for the main thread.
 
+    The grace period goes on after the block, for what is closed after it, until `close`.
+
     Args:
-        grace_seconds: from the first signal that asks to stop until the run is ended as by a
-            second one.
+        grace_seconds: from the first signal that asks to stop until another one is sent, which
+            ends the run at once.
+
+    Attributes:
         say: is told what a signal will lead to, in a line.
     """
 
-    def __init__(self, grace_seconds: float, say: Callable[[str], None]) -> None:
+    def __init__(self, grace_seconds: float) -> None:
+        self.say: Callable[[str], None] = print
         self._grace_seconds = grace_seconds
-        self._say = say
         self._before: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
         self._asked: set[int] = set()
         self._timer: threading.Timer | None = None
@@ -50,10 +54,13 @@ class Interrupts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def close(self) -> None:
+        """End the grace period: all is closed."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def take_checkpoint_request(self) -> bool:
         """Whether a checkpoint was asked for since the last call."""
@@ -73,7 +80,7 @@ class Interrupts:
             return
         if not self._has_said:  # not in the handler: the signal may have come amid a print
             self._has_said = True
-            self._say(
+            self.say(
                 f"{signal.Signals(self.stop_signal).name}: a checkpoint is written, then the run "
                 f"ends; a second one, or {self._grace_seconds:g} s, ends it at once"
             )

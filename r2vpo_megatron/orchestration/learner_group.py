@@ -7,12 +7,13 @@ plain values.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.packing import pack_trajectories, packing_statistics
@@ -24,6 +25,11 @@ from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
 from r2vpo_megatron.weight_sync.protocol import WeightBucket, WeightConnection
 
 PUSH_STAGE = "weight push"
+LOSS_SECONDS = 5.0  # for ranks that are alive, but at work, to not answer
+
+
+class RankLost(RuntimeError):
+    """The process of a rank is gone."""
 
 
 class LearnerGroup:
@@ -54,6 +60,25 @@ class LearnerGroup:
     def finish_start(self) -> None:
         """Wait until every rank is ready, and learn which batches it wants."""
         self._data_ranks = self._get(self._starts, "start")
+
+    @contextlib.contextmanager
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """Replace an error of the block that the loss of a rank brought about.
+
+        Raises:
+            RankLost: naming those that are gone; what they, or ranks that were in step with them,
+                raised is its cause.
+        """
+        try:
+            yield
+        except (RayActorError, RayTaskError) as error:
+            if not (lost := self._lost_ranks()):
+                raise
+            named = ", ".join(map(str, lost))
+            raise RankLost(
+                f"learner rank {named} is gone: its process was killed, ran out of memory or "
+                "crashed"
+            ) from error
 
     def node_id(self) -> str:
         """The node of rank 0, which sends the weights."""
@@ -176,6 +201,19 @@ class LearnerGroup:
             self._wait_for(self._asked)
         self._wait_for(self._ranks[0].abandon_weight_push.remote())
         self._get(self._joined, PUSH_STAGE)
+
+    def _lost_ranks(self) -> list[int]:
+        """Those whose process has ended; the others answer, or are at work."""
+        calls = {rank.node_id.remote(): number for number, rank in enumerate(self._ranks)}
+        ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=LOSS_SECONDS)
+        lost = []
+        for reference in ended:
+            try:
+                ray.get(reference)
+            except ActorDiedError as error:
+                if "creation task" not in str(error):  # that one has said why it ended
+                    lost.append(calls[reference])
+        return sorted(lost)
 
     def _get(self, references: Any, stage: str) -> Any:
         return get_in_time(references, self._timeout, stage)

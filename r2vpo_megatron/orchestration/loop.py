@@ -56,13 +56,11 @@ class Ring:
     dual: DualVariable  # lambda
     guard: UpdateGuard
     progress: Progress  # where the loop begins, and where it stands
+    timers: StageTimers
 
 
 def train(
-    config: RunConfig,
-    ring: Ring,
-    timers: StageTimers,
-    on_update: Callable[[int, Metrics], None],
+    config: RunConfig, ring: Ring, on_update: Callable[[int, Metrics], None]
 ) -> Iterator[tuple[Metrics, LogprobGap]]:
     """Run all iterations; yields each one's metrics once its weights are on the engines.
 
@@ -70,8 +68,10 @@ def train(
     `on_update` gets the number, from 1 on, and the metrics of every optimizer step, and may end
     the loop by an exception: `ring.progress` is then where it can be taken up again.
     """
-    algorithm, dual, progress = config.algorithm, ring.dual, ring.progress
+    algorithm, dual, progress, timers = config.algorithm, ring.dual, ring.progress, ring.timers
     has_penalty = algorithm.objective == "r2vpo"
+    if progress.collected is None:
+        timers.restart()  # what came before is no part of the iteration
 
     while progress.iteration <= config.train.num_iterations:
         iteration, gap = progress.iteration, LogprobGap()

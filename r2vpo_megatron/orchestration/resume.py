@@ -1,7 +1,8 @@
-"""Where a run goes on: its folder, its newest sound checkpoint, and whether it is the same run."""
+"""Where a run goes on: its folder, kept from others, its checkpoint, and whether it is the same."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from r2vpo_megatron.checkpoint.run_folder import (
     verify_checkpoint,
 )
 from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.conversion.folder_lock import take_lock
 
 AUTO = "auto"
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -27,36 +30,53 @@ class ResumePoint:
 
     Attributes:
         run_dir: its folder.
-        manifest: of the checkpoint to go on from; None where it has not come to one.
+        checkpoint: the one to go on from; None: its newest sound one.
     """
 
     run_dir: Path
-    manifest: Manifest | None
+    checkpoint: Path | None = None
 
 
-def find_resume_point(config: RunConfig, say: Callable[[str], None]) -> ResumePoint | None:
-    """What `checkpoint.resume` names; None for a new run.
+class RunLock:
+    """Keeps other processes from a run's folder, until it is released or this process ends.
 
     Args:
-        config: of this run.
-        say: is told of checkpoints that are damaged and passed over.
+        run_dir: the folder.
 
     Raises:
-        ValueError: the value leads to no run, its run is another than output.run_name, or the one
-            checkpoint that it names is damaged.
+        ValueError: another process is at work there.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / LOCK_FILE
+        self._descriptor = take_lock(self._path)
+        if self._descriptor is None:
+            raise ValueError(f"{run_dir}: another process is at work on this run; wait for its end")
+
+    def release(self) -> None:
+        """Let others in; once more does nothing."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def find_resume_point(config: RunConfig) -> ResumePoint | None:
+    """What `checkpoint.resume` names; None for a new run. Nothing of it is read or changed yet.
+
+    Raises:
+        ValueError: the value leads to no run, or its run is another than output.run_name.
     """
     resume = config.checkpoint.resume
     if not resume:
         return None
     if resume == AUTO:
-        return _find_by_name(config, say)
+        return _find_by_name(config)
     folder = Path(resume).resolve()
-    if (folder / MANIFEST_FILE).is_file():
-        point = ResumePoint(folder.parent.parent, verify_checkpoint(folder))
+    if (folder / MANIFEST_FILE).is_file() and folder.parent.name == CHECKPOINTS_FOLDER:
+        point = ResumePoint(folder.parent.parent, folder)
     elif (folder / CHECKPOINTS_FOLDER).is_dir():
-        point = ResumePoint(folder, newest_sound(folder / CHECKPOINTS_FOLDER, say))
-        if point.manifest is None:
-            raise ValueError(f"checkpoint.resume = {resume!r}: none of its checkpoints is sound")
+        point = ResumePoint(folder)
     else:
         raise ValueError(
             f"checkpoint.resume = {resume!r} is not valid: 'auto', the folder of a run that has "
@@ -71,25 +91,43 @@ def find_resume_point(config: RunConfig, say: Callable[[str], None]) -> ResumePo
     return point
 
 
-def _find_by_name(config: RunConfig, say: Callable[[str], None]) -> ResumePoint | None:
+def choose_checkpoint(
+    point: ResumePoint, config: RunConfig, say: Callable[[str], None]
+) -> Manifest | None:
+    """The sound checkpoint to go on from; None where the run has not come to one.
+
+    Args:
+        point: of `find_resume_point`; this process has the run's lock.
+        config: of this run.
+        say: is told of checkpoints that are damaged and passed over.
+
+    Raises:
+        ValueError: the one that is named is damaged, or all are.
+    """
+    if point.checkpoint is not None:
+        return verify_checkpoint(point.checkpoint)
+    root = point.run_dir / CHECKPOINTS_FOLDER
+    manifest = newest_sound(root, say) if root.is_dir() else None
+    is_named = config.checkpoint.resume != AUTO
+    if manifest is None and (is_named or list_checkpoints(root)):
+        raise ValueError(
+            f"checkpoint.resume = {config.checkpoint.resume!r}: no checkpoint of {root} can be "
+            "read as it was written; valid: a run with a sound one, or another output.run_name to "
+            "begin anew"
+        )
+    if manifest is None:
+        say(f"{point.run_dir} has no checkpoint: the run begins anew there")
+    return manifest
+
+
+def _find_by_name(config: RunConfig) -> ResumePoint | None:
     if not config.output.run_name:
         raise ValueError(
             "output.run_name = '' is not valid with checkpoint.resume = 'auto': the name of the "
             "run that goes on, or begins"
         )
     run_dir = (Path(config.output.dir) / config.output.run_name).resolve()
-    if not run_dir.exists():
-        return None
-    root = run_dir / CHECKPOINTS_FOLDER
-    manifest = newest_sound(root, say) if root.is_dir() else None
-    if manifest is None and list_checkpoints(root):
-        raise ValueError(
-            f"checkpoint.resume = 'auto': no checkpoint of {root} can be read as it was written; "
-            "valid: a run with a sound one, or another output.run_name to begin anew"
-        )
-    if manifest is None:
-        say(f"{run_dir} has no checkpoint: the run begins anew there")
-    return ResumePoint(run_dir, manifest)
+    return ResumePoint(run_dir) if run_dir.exists() else None
 
 
 def require_same_run(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from r2vpo_megatron.checkpoint.run_folder import CHECKPOINTS_FOLDER, Position
 from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.conversion.folder_lock import take_lock
 from r2vpo_megatron.data.prompts import PromptStream
 from r2vpo_megatron.evaluation.held_out import HeldOutSet
 from r2vpo_megatron.observability import MetricsWriter, ProgressLine, StageTimers, read_metrics
@@ -23,7 +21,7 @@ from r2vpo_megatron.orchestration.checkpoints import (
     Stateful,
     restore,
 )
-from r2vpo_megatron.orchestration.cluster import get_in_time, ray_session
+from r2vpo_megatron.orchestration.cluster import NoAnswer, get_in_time, ray_session
 from r2vpo_megatron.orchestration.collect import Collector
 from r2vpo_megatron.orchestration.guards import UpdateGuard
 from r2vpo_megatron.orchestration.inputs import PreparedRun
@@ -48,50 +46,33 @@ from r2vpo_megatron.report.learning_curve import plot_learning_curve
 from r2vpo_megatron.rewards import load_reward
 from r2vpo_megatron.weight_sync import requires_one_node
 
-LOCK_FILE = ".lock"
-
 
 def run_training(run: PreparedRun) -> None:
     """Train, and write metrics, checkpoints, learning curve and final weights to the run's folder.
 
     Raises:
-        ValueError: another process is at work in the run's folder.
         RuntimeError: a stage failed; what was written before stays. Errors of workers keep their
             type.
         KeyboardInterrupt, SystemExit: a signal asked the run to end; see `Interrupts`.
     """
     started = time.monotonic()
     print(f"{run.recipe} -> {run.run_dir}", describe_run(run), sep="\n", flush=True)
-    with _alone(run.run_dir), _workers(run) as (learner, rollout):
+    interrupts = Interrupts(run.config.checkpoint.grace_seconds)
+    with ExitStack() as stack:
+        stack.callback(run.lock.release)
+        stack.callback(interrupts.close)
+        learner, rollout = stack.enter_context(_workers(run))
         ring = _make_ring(run, learner, rollout)
-        before: Metrics | None = None
+        before = None
         if run.resume is None:
-            _first_push(run, learner, rollout, version=0)
-            before = ring.held_out.evaluate_both(rollout) if ring.held_out else {}
-            # What the engines did until now is none of iteration 1.
-            before |= rollout.metrics()
+            before = _begin(run, ring)
         else:
-            learner.load_state(run.resume / LEARNER_FOLDER)
-            _first_push(run, learner, rollout, Position.parse(run.resume.name).iteration)
-            restore(run.resume, ring.replay, _parts(ring), ring.progress)
-        _turn(run, ring, before)
-        _save_final_weights(run.run_dir, learner)
+            _go_on(run, ring, run.resume)
+        _turn(run, ring, interrupts, before)
+        save_weights(learner, run.run_dir / "hf")
     records = read_metrics(run.run_dir / "metrics.jsonl")
     plot_learning_curve(run.run_dir / "metrics.jsonl", run.run_dir / "learning_curve.png")
     print(summarize_run(run, records[0], records[-1], time.monotonic() - started))
-
-
-@contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from going on with the same run; the lock ends with this process."""
-    lock = take_lock(run_dir / LOCK_FILE)
-    if lock is None:
-        raise ValueError(f"{run_dir}: another process is at work on this run; wait for its end")
-    try:
-        yield
-    finally:
-        (run_dir / LOCK_FILE).unlink(missing_ok=True)
-        os.close(lock)
 
 
 @contextmanager
@@ -101,7 +82,10 @@ def _workers(run: PreparedRun) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
     with ray_session(config, needed_resources(config)):
         learner, rollout = LearnerGroup(config, run.model_dir), RolloutPool(config, run.model_dir)
         try:
-            with explain_timeouts(config.parallel.num_ranks, run.run_dir / "stacks.txt"):
+            with (
+                explain_timeouts(config.parallel.num_ranks, run.run_dir / "stacks.txt"),
+                learner.naming_lost_ranks(),
+            ):
                 _require_reach(run, learner, rollout)
                 # Side by side, and the first error of either ends the wait.
                 starts = learner.begin_start() + rollout.begin_start()
@@ -121,6 +105,26 @@ def _require_reach(run: PreparedRun, learner: LearnerGroup, rollout: RolloutPool
             f"weight_sync.backend = {backend!r} needs learner rank 0 and all engines on one node, "
             "and Ray has placed them on several"
         )
+
+
+def _begin(run: PreparedRun, ring: Ring) -> Metrics:
+    """Make the engines ready for iteration 1; metrics of what was there before."""
+    _first_push(run, ring.learner, ring.rollout, version=0)
+    before = ring.held_out.evaluate_both(ring.rollout) if ring.held_out else {}
+    return before | ring.rollout.metrics()
+
+
+def _go_on(run: PreparedRun, ring: Ring, checkpoint: Path) -> None:
+    """Bring all parts to where the checkpoint was written.
+
+    The engines call the weights by the iterations that are complete, also where they have learned
+    from some mini-batches of the next: what is sampled from these is younger than it says.
+    """
+    ring.learner.load_state(checkpoint / LEARNER_FOLDER)
+    iteration = Position.parse(checkpoint.name).iteration
+    _first_push(run, ring.learner, ring.rollout, version=iteration)
+    ring.rollout.metrics()  # what the engines did until now is none of the next iteration
+    restore(checkpoint, ring.replay, _parts(ring), ring.progress)
 
 
 def _first_push(
@@ -164,20 +168,27 @@ def _make_ring(run: PreparedRun, learner: LearnerGroup, rollout: RolloutPool) ->
         dual=make_dual(config.algorithm),
         guard=UpdateGuard(config.guard, run.run_dir),
         progress=Progress(),
+        timers=StageTimers(),
     )
 
 
 def _parts(ring: Ring) -> dict[str, Stateful]:
     """What a checkpoint has of the driver, beside the buffer and the progress."""
-    return {"collector": ring.collector, "dual": ring.dual, "guard": ring.guard}
+    return {
+        "collector": ring.collector,
+        "dual": ring.dual,
+        "guard": ring.guard,
+        "timers": ring.timers,
+    }
 
 
-def _turn(run: PreparedRun, ring: Ring, before: Metrics | None) -> None:
+def _turn(run: PreparedRun, ring: Ring, interrupts: Interrupts, before: Metrics | None) -> None:
     """Run all iterations that are left, writing and showing each one's metrics.
 
     Args:
         run: the run.
         ring: its parts.
+        interrupts: takes signals meanwhile.
         before: metrics of iteration 0; None where they have been written before.
     """
     config, run_dir = run.config, run.run_dir
@@ -185,9 +196,10 @@ def _turn(run: PreparedRun, ring: Ring, before: Metrics | None) -> None:
         MetricsWriter(run_dir, tensorboard=config.output.tensorboard) as writer,
         MetricsWriter(run_dir, tensorboard=False, key="update") as update_writer,
         ProgressLine(config.train.num_iterations) as line,
-        Interrupts(config.checkpoint.grace_seconds, line.message) as interrupts,
-        closing(_checkpoints(run, ring, line.message)) as checkpoints,
+        interrupts,
+        _checkpoints(run, ring, line.message) as checkpoints,
     ):
+        interrupts.say = line.message
 
         def attend() -> None:
             """Do what signals ask for; called where the learner is at rest."""
@@ -207,9 +219,9 @@ def _turn(run: PreparedRun, ring: Ring, before: Metrics | None) -> None:
             line.update(0, before)
         ring.rollout.on_event = ring.guard.on_alarm = line.message
         ring.rollout.before_look = attend
-        timers = StageTimers(on_enter=line.stage)
+        ring.timers.on_enter = line.stage
         try:
-            for metrics, gap in train(config, ring, timers, on_update):
+            for metrics, gap in train(config, ring, on_update):
                 iteration = int(metrics.pop("iteration"))
                 metrics |= _machine_metrics(run, ring) | checkpoints.metrics()
                 writer.write(iteration, metrics)
@@ -240,27 +252,31 @@ def _checkpoints(run: PreparedRun, ring: Ring, say: Callable[[str], None]) -> Ru
 
 
 def _export(run: PreparedRun, ring: Ring, say: Callable[[str], None]) -> None:
-    """Write the current weights in Hugging Face format; those of before with this name stay."""
+    """Write the current weights in Hugging Face format."""
     folder = run.run_dir / "exports" / ring.progress.position.name
     try:
-        if not folder.exists():
-            ring.learner.save_hf(folder)
+        save_weights(ring.learner, folder)
         say(f"weights: {folder}")
-    except TimeoutError:  # an OSError, too: a rank does not answer
+    except NoAnswer:  # an OSError, too
         raise
     except OSError as error:
         say(f"weights were not written to {folder}: {error}")
 
 
-def _save_final_weights(run_dir: Path, learner: LearnerGroup) -> None:
-    """Write RUN_DIR/hf; where the run had ended before and went on, it takes the place of that."""
-    final, new, old = run_dir / "hf", run_dir / ".hf-new", run_dir / ".hf-old"
+def save_weights(learner: LearnerGroup, folder: Path) -> None:
+    """Write the weights in Hugging Face format, whole or not at all; those of before go then.
+
+    Args:
+        learner: all its ranks.
+        folder: to make; a run that went back comes to the same place twice.
+    """
+    new, old = (folder.with_name(f".{folder.name}-{which}") for which in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     learner.save_hf(new)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

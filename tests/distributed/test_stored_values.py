@@ -244,6 +244,7 @@ def train(
         "dual": loop.make_dual(config.algorithm),
         "guard": UpdateGuard(config.guard, model_dir),
         "progress": Progress(),
+        "timers": StageTimers(),
     }
     tokenizer, prompts = Tokenizer(), Prompts()
     collector = Collector(config, tokenizer, judge, prompts, engine, learner)  # type: ignore[arg-type]
@@ -254,7 +255,7 @@ def train(
         mock.patch.object(loop, "push_weights", push_weights),
         recorded_losses(progress) as recorded,
     ):
-        for metrics, _ in loop.train(config, ring, StageTimers(), count_update):
+        for metrics, _ in loop.train(config, ring, count_update):
             progress["iterations"] += 1
             iterations.append(metrics)
     destroy_parallel()

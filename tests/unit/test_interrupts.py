@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -19,7 +20,8 @@ def said() -> list[str]:
 
 @pytest.fixture
 def interrupts(said: list[str]) -> Iterator[Interrupts]:
-    with Interrupts(600.0, said.append) as interrupts:
+    with closing(Interrupts(600.0)) as interrupts, interrupts:
+        interrupts.say = said.append
         yield interrupts
 
 
@@ -60,7 +62,7 @@ def test_the_first_waits_for_a_safe_place_and_the_second_does_not(
 
 
 def test_the_end_of_the_grace_period_is_a_second_signal() -> None:
-    with Interrupts(0.2, lambda line: None) as interrupts:
+    with closing(Interrupts(0.2)) as interrupts, interrupts:
         start = time.monotonic()
         send(signal.SIGTERM)
         with pytest.raises(StopRequested):
@@ -70,16 +72,24 @@ def test_the_end_of_the_grace_period_is_a_second_signal() -> None:
         assert 0.2 <= time.monotonic() - start < 10
 
 
-def test_handlers_of_before_come_back_and_no_grace_period_outlives_the_block() -> None:
+def test_handlers_of_before_come_back_and_the_grace_period_goes_on_until_all_is_closed() -> None:
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
-        with Interrupts(0.3, lambda line: None):
+        with closing(Interrupts(0.3)) as interrupts:
+            with interrupts:
+                send(signal.SIGTERM)
+                assert came == []
+            deadline = time.monotonic() + 10
+            while not came and time.monotonic() < deadline:  # of who closes what is left
+                time.sleep(0.05)
+            assert came == [signal.SIGTERM]
+        with closing(Interrupts(0.3)) as interrupts:
+            with interrupts:
+                send(signal.SIGTERM)
             send(signal.SIGTERM)
-            assert came == []
-        send(signal.SIGTERM)
-        assert came == [signal.SIGTERM]
-        time.sleep(0.6)  # longer than the grace period of the signal within the block
-        assert came == [signal.SIGTERM]
+            assert came == [signal.SIGTERM] * 2
+        time.sleep(0.6)  # longer than the grace period: nothing is left to end
+        assert came == [signal.SIGTERM] * 2
     finally:
         signal.signal(signal.SIGTERM, before)
