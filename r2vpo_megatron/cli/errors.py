@@ -1,6 +1,7 @@
 """One place that decides how a command ends: its message and its exit code.
 
 0: done. 1: the run failed. 2: the user's input is at fault. 130: stopped by Ctrl-C.
+143: stopped by SIGTERM.
 """
 
 from __future__ import annotations

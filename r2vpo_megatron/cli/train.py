@@ -34,20 +34,21 @@ def _train(arguments: list[str]) -> int:
     from r2vpo_megatron.orchestration.run import run_training
 
     run = prepare_run(command.config, recipe=command.recipe)
+    error_file = run.run_dir / "error.txt"
     try:
         run_training(run)
     except Exception as error:
-        raise RunFailed(
-            error, run.run_dir / "error.txt", hint=_how_to_go_on(run.run_dir)
-        ) from error
+        raise RunFailed(error, error_file, hint=_how_to_go_on(run.run_dir)) from error
+    error_file.unlink(missing_ok=True)  # of a failure that the run has gone on from
     return 0
 
 
 def _how_to_go_on(run_dir: Path) -> str:
     """What is left of a failed run to go on from."""
-    from r2vpo_megatron.checkpoint.run_folder import CHECKPOINTS_FOLDER, list_checkpoints
+    from r2vpo_megatron.checkpoint.run_folder import CHECKPOINTS_FOLDER, by_latest
 
-    checkpoints = list_checkpoints(run_dir / CHECKPOINTS_FOLDER)
+    up_to_latest, beyond = by_latest(run_dir / CHECKPOINTS_FOLDER)
+    checkpoints = up_to_latest + beyond
     if not checkpoints:
         return ""
     return f"the last checkpoint is {checkpoints[0]}: --resume {run_dir} goes on from there"

@@ -10,58 +10,26 @@ from typing import get_type_hints
 import pytest
 
 from r2vpo_megatron.cli import explain, train
-from r2vpo_megatron.cli.errors import run_command, user_message
 from r2vpo_megatron.cli.overrides import apply_overrides, list_config_fields
 from r2vpo_megatron.cli.recipe import load_recipe
 from r2vpo_megatron.config import RunConfig
 from recipes.tiny_cpu import r2vpo_off_policy
+from tests.command_lines import RECIPE, Outcome, in_checkout, install_training, run
 
-ROOT = Path(__file__).parents[2]
-RECIPE = "recipes/tiny_cpu.py:r2vpo_off_policy"
-
-Outcome = tuple[int, str, str]
-
-
-@pytest.fixture(autouse=True)
-def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+__all__ = ["in_checkout", "run"]  # fixtures
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    def call(main: Callable[[list[str]], int], *arguments: str) -> Outcome:
-        code = main(list(arguments))
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return call
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, str]]:
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[RunConfig, str]]:
     """Stands in for the training, and keeps what it was called with."""
     calls: list[tuple[RunConfig, str]] = []
 
-    def run_training(config: RunConfig, recipe: str) -> int:
+    def prepare_run(config: RunConfig, recipe: str) -> types.SimpleNamespace:
         calls.append((config, recipe))
-        return 0
+        return types.SimpleNamespace(run_dir=tmp_path)
 
-    install_training(monkeypatch, run_training)
+    install_training(monkeypatch, prepare_run)
     return calls
-
-
-def install_training(
-    monkeypatch: pytest.MonkeyPatch,
-    prepare: Callable[..., object],
-    train_prepared: Callable[..., None] = lambda prepared: None,
-) -> None:
-    """Stand in for the parts of a training run, which import torch and start processes."""
-    inputs = types.ModuleType("r2vpo_megatron.orchestration.inputs")
-    inputs.prepare_run = prepare  # type: ignore[attr-defined]
-    training = types.ModuleType("r2vpo_megatron.orchestration.run")
-    training.run_training = train_prepared  # type: ignore[attr-defined]
-    for module in (inputs, training):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 # Overrides
@@ -254,94 +222,6 @@ def test_help_shows_every_field_with_meaning_and_default(
 def test_help_shows_the_recipes_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = get_help(capsys, RECIPE)
     assert "Prompts sampled from per iteration. (default: 64)" in text
-
-
-# How a run ends
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (ValueError("parallel.tensor = 4 is not valid"), 2, "error: parallel.tensor = 4"),
-        (FileNotFoundError(2, "No such file", "m/config.json"), 2, "m/config.json: No such file"),
-        (ModuleNotFoundError("no", name="vllm.engine"), 2, "the package vllm is not installed. It"),
-        (ModuleNotFoundError("no", name="matplotlib"), 2, "'r2vpo-megatron[report]'"),
-        (ModuleNotFoundError("no", name="megatron"), 2, "megatron is not installed: `make setup`"),
-    ],
-)
-def test_a_users_mistake_found_late_is_as_short_and_keeps_its_traceback(
-    error: Exception,
-    code: int,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run: Callable[..., Outcome],
-) -> None:
-    def fail(config: RunConfig, recipe: str) -> int:
-        raise error
-
-    install_training(monkeypatch, fail)
-    result, _, text = run(train.main, RECIPE, "--output.dir", str(tmp_path / "out"))
-    assert result == code
-    assert message in text
-    assert len(text.splitlines()) == 1
-
-
-def test_a_failed_run_shows_its_traceback(run: Callable[..., Outcome]) -> None:
-    def fail(arguments: list[str]) -> int:
-        raise RuntimeError("worker died")
-
-    code, _, error = run(lambda arguments: run_command(fail, arguments))
-    assert code == 1
-    assert "in fail" in error
-    assert "RuntimeError: worker died" in error
-
-
-def test_a_missing_module_of_our_own_is_no_users_mistake() -> None:
-    assert user_message(ModuleNotFoundError("no", name="r2vpo_megatron.x")) is None
-
-
-def test_ctrl_c(run: Callable[..., Outcome]) -> None:
-    def interrupt(arguments: list[str]) -> int:
-        raise KeyboardInterrupt
-
-    code, _, error = run(lambda arguments: run_command(interrupt, arguments))
-    assert (code, error) == (130, "interrupted\n")
-
-
-def test_a_failed_run_names_the_workers_error_and_keeps_the_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Outcome]
-) -> None:
-    class RemoteError(Exception):
-        cause = FloatingPointError("the gradient norm is not finite: nan\nmore")
-
-    def fail(prepared: object) -> None:
-        raise RemoteError("long remote traceback")
-
-    prepared = types.SimpleNamespace(run_dir=tmp_path)
-    install_training(monkeypatch, lambda config, recipe: prepared, fail)
-    code, _, error = run(train.main, RECIPE)
-    assert code == 1
-    assert error.splitlines() == [
-        "error: the run failed: FloatingPointError: the gradient norm is not finite: nan",
-        f"traceback: {tmp_path / 'error.txt'}",
-    ]
-    kept = (tmp_path / "error.txt").read_text()
-    assert "in fail" in kept
-    assert "long remote traceback" in kept
-
-
-def test_a_value_error_of_a_started_run_is_not_the_users_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Outcome]
-) -> None:
-    def fail(prepared: object) -> None:
-        raise ValueError("zip() argument 2 is shorter than argument 1")
-
-    prepared = types.SimpleNamespace(run_dir=tmp_path)
-    install_training(monkeypatch, lambda config, recipe: prepared, fail)
-    code, _, error = run(train.main, RECIPE)
-    assert code == 1
-    assert error.startswith("error: the run failed: ValueError: zip()")
 
 
 # Processes
