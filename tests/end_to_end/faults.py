@@ -92,6 +92,7 @@ class Scene:
         for text in expected:
             assert text in run.text(), f"no {text!r} in:\n{run.text()}"
         run.assert_nothing_left(seconds=60)
+        assert not (self.run_dir / "error.txt").exists()  # of what it has gone on from
         lines = read_metrics(self.run_dir / "metrics.jsonl")
         assert [line["iteration"] for line in lines] == list(range(ITERATIONS + 1))
         assert (self.run_dir / "hf" / "model.safetensors").exists()
@@ -108,9 +109,9 @@ class Scene:
 def kill_learner_rank(scene: Scene) -> str:
     run = scene.begin()
     os.kill(run.workers("LearnerWorker")[-1], signal.SIGKILL)
-    scene.ends(run)
+    scene.ends(run, "RankLost: learner rank ", " is gone: its process was killed")
     scene.goes_on()
-    return "the run ends and names the cause; goes on from the last checkpoint"
+    return "the run ends and names the rank; goes on from the last checkpoint"
 
 
 def kill_engine(scene: Scene) -> str:
@@ -137,6 +138,9 @@ def kill_engine_in_push(scene: Scene) -> str:
         time.sleep(0.002)
     os.kill(run.workers("RolloutWorker")[-1], signal.SIGKILL)
     scene.finishes(run, "engine 0 was lost")
+    # Counted in iteration 3: before its push was through, and none of its requests was left.
+    lines = read_metrics(scene.run_dir / "metrics.jsonl")
+    assert [line["rollout/num_restarts"] for line in lines] == [0, 0, 0, 1, 0]
     return "the push is sent again to the engine's replacement; the run finishes"
 
 

@@ -43,7 +43,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.segments_before = set(os.listdir("/dev/shm"))
-        self.output = (self.folder / "output.txt").open("w+")
+        self.output = (self.folder / f"output-{self.mark}.txt").open("w+")
         self.process = subprocess.Popen(
             self.command,
             cwd=REPO,

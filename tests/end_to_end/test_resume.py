@@ -54,6 +54,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def straight(start: Any, recipe: str, tmp_path: Path, **fields: str) -> Path:
     run = start(recipe, **{**FIELDS, **fields, "output.run-name": "straight"})
     assert run.process.wait(timeout=280) == 0, run.text()
@@ -98,28 +102,43 @@ def test_killed_without_warning_it_goes_on_bit_by_bit(start, tmp_path, recipe, f
 
 
 @pytest.mark.slow
-def test_stopped_in_an_iteration_it_goes_on_bit_by_bit(start, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "num_lines", "where"),
+    [
+        ("updates.jsonl", 11, "iteration-000001-update-"),  # of 8 an iteration
+        ("metrics.jsonl", 2, "iteration-000001"),  # while responses are waited for
+    ],
+)
+def test_stopped_anywhere_it_goes_on_bit_by_bit(start, tmp_path, file, num_lines, where):
     """SIGTERM after an update: the checkpoint is of that one, what is left of the iteration too."""
     fields = {"checkpoint.every-iterations": "0", "train.mini-batch-samples": "6"}
     run = start("r2vpo_off_policy", **{**FIELDS, **fields})
-    updates = tmp_path / "run" / "updates.jsonl"
-    deadline = time.monotonic() + 240
-    while not updates.exists() or updates.read_bytes().count(b"\n") < 11:  # of 8 an iteration
+    path, deadline = tmp_path / "run" / file, time.monotonic() + 240
+    while not path.exists() or path.read_bytes().count(b"\n") < num_lines:
         assert run.process.poll() is None and time.monotonic() < deadline, run.text()
-        time.sleep(0.01)
+        time.sleep(0.001)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.process.wait(timeout=120) == 128 + signal.SIGTERM, run.text()
     run.assert_nothing_left()
     (checkpoint,) = [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir()]
-    assert checkpoint.name.startswith("iteration-000001-update-"), checkpoint
+    assert checkpoint.name.startswith(where), checkpoint
     go_on(start, "r2vpo_off_policy", **fields)
     assert_same_run(straight(start, "r2vpo_off_policy", tmp_path, **fields), tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_signals_write_a_checkpoint_and_weights_and_the_run_goes_on(start, tmp_path):
-    run = start("r2vpo_off_policy", **{**FIELDS, "checkpoint.every-iterations": "0"})
+    """Meanwhile another process that wants to go on with it is refused, and changes nothing."""
+    fields = {**FIELDS, "checkpoint.every-iterations": "0"}
+    run = start("r2vpo_off_policy", **fields)
     run.wait_for("iteration 1/4", seconds=240)
+    os.kill(run.process.pid, signal.SIGSTOP)
+    before = contents(tmp_path / "run")
+    second = start("r2vpo_off_policy", **fields, resume="auto")
+    assert second.process.wait(timeout=120) == 2, second.text()
+    assert "another process is at work on this run" in second.text()
+    assert contents(tmp_path / "run") == before
+    os.kill(run.process.pid, signal.SIGCONT)
     os.kill(run.process.pid, signal.SIGUSR1)
     os.kill(run.process.pid, signal.SIGUSR2)
     assert run.process.wait(timeout=280) == 0, run.text()
@@ -165,14 +184,21 @@ def test_another_run_is_refused_and_a_damaged_checkpoint_is_passed_over(start, t
     run = start("r2vpo_off_policy", **{**FIELDS, **fields})
     assert run.process.wait(timeout=240) == 0, run.text()
     folder = tmp_path / "run" / "checkpoints"
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    before = contents(folder)
+    weights = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+
+    run = start("r2vpo_off_policy", **{**FIELDS, **fields}, resume="auto")
+    assert run.process.wait(timeout=240) == 0, run.text()  # there is nothing left to do
+    assert [r["iteration"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+    again = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    assert [name for name in weights if not torch.equal(weights[name], again[name])] == []
 
     changed = {"optimizer.lr": "5e-5", "algorithm.ratio-penalty": "0.05"}
     run = start("r2vpo_off_policy", **{**FIELDS, **fields, **changed}, resume="auto")
     assert run.process.wait(timeout=120) == 2
     for name in ("optimizer.lr", "algorithm.ratio_penalty", "checkpoint.allow_changes"):
         assert name in run.text(), run.text()
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert contents(folder) == before
 
     damaged = folder / "iteration-000002" / "replay.safetensors"
     content = bytearray(damaged.read_bytes())
