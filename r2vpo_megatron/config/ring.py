@@ -133,7 +133,8 @@ class WeightSyncConfig:
     """How updated weights reach the engines."""
 
     backend: str = "shared_memory"
-    """Transport by name (r2vpo_megatron.weight_sync.BACKENDS)."""
+    """Transport by name (r2vpo_megatron.weight_sync.BACKENDS); auto: nccl or hccl on devices,
+    shared memory on the CPUs of one machine, gloo on those of several."""
     bucket_bytes: int = 256 << 20
     """Size of a bucket, in bytes; two are alive at a time. A larger tensor gets one of its own."""
 

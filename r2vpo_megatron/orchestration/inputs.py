@@ -31,7 +31,7 @@ from r2vpo_megatron.rewards.preflight import check_answer_form
 from r2vpo_megatron.rl.aggregation import AGGREGATIONS
 from r2vpo_megatron.rl.objectives import OBJECTIVES
 from r2vpo_megatron.testbed.tiny_model import ensure_tiny_model
-from r2vpo_megatron.weight_sync import backends_for
+from r2vpo_megatron.weight_sync import choose_backend
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,10 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     # Workers have other working directories, and may see other devices than the driver.
     device = get_platform(config.runtime.device).name
     config = replace(config, runtime=replace(config.runtime, device=device))
-    require_choice("weight_sync.backend", config.weight_sync.backend, backends_for(device))
+    backend = choose_backend(
+        config.weight_sync.backend, device, is_one_machine=not config.runtime.ray_address
+    )
+    config = replace(config, weight_sync=replace(config.weight_sync, backend=backend))
     model_dir, train_path, held_out_path = _find_inputs(config)
     spec = read_model_spec(model_dir)
     config = _check_weights(config, spec)

@@ -25,6 +25,7 @@ from r2vpo_megatron.rollout.weight_updates import WeightTransferInterrupted, Wei
 from r2vpo_megatron.weight_sync import (
     BACKENDS,
     backends_for,
+    choose_backend,
     collective,
     device_memory,
     requires_one_node,
@@ -335,3 +336,22 @@ def test_back_ends_by_device() -> None:
     with pytest.raises(ValueError, match="device_name='tpu': must be one of cpu, cuda, npu"):
         backends_for("tpu")
     assert [name for name in BACKENDS if requires_one_node(name)] == ["shared_memory", "cuda_ipc"]
+
+
+def test_auto_is_what_the_device_does_best_and_what_reaches_all_nodes() -> None:
+    chosen = {
+        (device, is_one): choose_backend("auto", device, is_one)
+        for device in ("cpu", "cuda", "npu")
+        for is_one in (True, False)
+    }
+    assert chosen == {
+        ("cpu", True): "shared_memory",
+        ("cpu", False): "gloo",
+        ("cuda", True): "nccl",
+        ("cuda", False): "nccl",
+        ("npu", True): "hccl",
+        ("npu", False): "hccl",
+    }
+    assert choose_backend("cuda_ipc", "cuda", is_one_machine=False) == "cuda_ipc"
+    with pytest.raises(ValueError, match=r"weight_sync.backend = 'hccl'.*'auto', 'nccl'"):
+        choose_backend("hccl", "cuda", is_one_machine=True)
