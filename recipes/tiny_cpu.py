@@ -13,13 +13,13 @@ from r2vpo_megatron.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    PipelineConfig,
     ReplayConfig,
     RolloutConfig,
     RunConfig,
     RuntimeConfig,
     TrainConfig,
     WeightSyncConfig,
+    variants,
 )
 
 
@@ -46,30 +46,6 @@ def r2vpo_off_policy() -> RunConfig:
         weight_sync=WeightSyncConfig(bucket_bytes=4 << 20),
         evaluation=EvaluationConfig(every_iterations=5, num_prompts=256),
         runtime=RuntimeConfig(timeout_seconds=300.0),
-    )
-
-
-def r2vpo_on_policy() -> RunConfig:
-    """Algorithm 1: each iteration's responses are used once, in 4 mini-batches, and discarded."""
-    base = r2vpo_off_policy()
-    return replace(
-        base,
-        replay=ReplayConfig(capacity_iterations=1, update_to_data=1.0),
-        train=replace(base.train, mini_batch_samples=base.samples_per_iteration // 4),
-        algorithm=replace(base.algorithm, dual_target=0.01),
-    )
-
-
-def r2vpo_off_policy_async() -> RunConfig:
-    """Algorithm 2 with rollout and learner side by side, samples up to one version old when new.
-
-    The ratio's denominator is what the engines reported, as the learner has moved on by then.
-    """
-    base = r2vpo_off_policy()
-    return replace(
-        base,
-        algorithm=replace(base.algorithm, behavior_logprobs="rollout"),
-        pipeline=PipelineConfig(mode="asynchronous", max_staleness=1),
     )
 
 
@@ -107,45 +83,4 @@ def r2vpo_off_policy_dual() -> RunConfig:
     )
 
 
-def grpo_off_policy() -> RunConfig:
-    """GRPO (clip 0.2) on the same buffer."""
-    return _with_objective(r2vpo_off_policy(), "grpo")
-
-
-def grpo_clip_high_off_policy() -> RunConfig:
-    """GRPO with DAPO's clip-higher (0.2, 0.28) on the same buffer."""
-    return _with_objective(r2vpo_off_policy(), "grpo_clip_high")
-
-
-def gppo_off_policy() -> RunConfig:
-    """GPPO on the same buffer."""
-    return _with_objective(r2vpo_off_policy(), "gppo")
-
-
-def topr_off_policy() -> RunConfig:
-    """TOPR on the same buffer."""
-    return _with_objective(r2vpo_off_policy(), "topr")
-
-
-def grpo_on_policy() -> RunConfig:
-    """GRPO (clip 0.2), on-policy as Algorithm 1."""
-    return _with_objective(r2vpo_on_policy(), "grpo")
-
-
-def grpo_clip_high_on_policy() -> RunConfig:
-    """GRPO with DAPO's clip-higher (0.2, 0.28), on-policy as Algorithm 1."""
-    return _with_objective(r2vpo_on_policy(), "grpo_clip_high")
-
-
-def gppo_on_policy() -> RunConfig:
-    """GPPO, on-policy as Algorithm 1."""
-    return _with_objective(r2vpo_on_policy(), "gppo")
-
-
-def topr_on_policy() -> RunConfig:
-    """TOPR, on-policy as Algorithm 1."""
-    return _with_objective(r2vpo_on_policy(), "topr")
-
-
-def _with_objective(config: RunConfig, objective: str) -> RunConfig:
-    return replace(config, algorithm=replace(config.algorithm, objective=objective))
+RECIPES = variants(r2vpo_off_policy)

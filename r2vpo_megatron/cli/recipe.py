@@ -1,9 +1,13 @@
-"""Recipes: `FILE.py:function`, where the function returns a RunConfig."""
+"""Recipes: `FILE.py:name`, a function that returns a RunConfig.
+
+It is one that the file defines, or one of its dictionary RECIPES, if it has one.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +26,7 @@ def load_recipe(name: str) -> RunConfig:
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"recipe {name!r}: no such file {file_name!r}; {_describe_files(path)}")
     module = import_user_file(path, "recipe")
-    functions = _list_functions(module)
+    functions = list_recipes(module)
     if function_name not in functions:
         nearest = difflib.get_close_matches(function_name, functions, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
@@ -31,23 +35,16 @@ def load_recipe(name: str) -> RunConfig:
             f"recipe {name!r}: {problem}; {hint}{file_name} has: "
             f"{', '.join(functions) or 'none (a recipe is a function without parameters)'}"
         )
-    config = _call(module, function_name, path)
+    config = _call(functions[function_name], path)
     if not isinstance(config, RunConfig):
         raise ValueError(f"recipe {name!r} returned {type(config).__name__}, must be a RunConfig")
     return config
 
 
-def _call(module: ModuleType, function_name: str, path: Path) -> object:
-    try:
-        return getattr(module, function_name)()
-    except Exception as error:  # a recipe is the user's code and may raise anything
-        raise user_file_error(error, path) from error
-
-
-def _list_functions(module: ModuleType) -> list[str]:
-    """Functions defined in the file itself that can be called without arguments."""
-    return [
-        name
+def list_recipes(module: ModuleType) -> dict[str, Callable[[], object]]:
+    """A recipe file's functions that can be called without arguments, and its RECIPES, by name."""
+    own = {
+        name: function
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__
         and not name.startswith("_")
@@ -55,7 +52,15 @@ def _list_functions(module: ModuleType) -> list[str]:
             parameter.default is not parameter.empty
             for parameter in inspect.signature(function).parameters.values()
         )
-    ]
+    }
+    return {**getattr(module, "RECIPES", {}), **own}
+
+
+def _call(recipe: Callable[[], object], path: Path) -> object:
+    try:
+        return recipe()
+    except Exception as error:  # a recipe is the user's code and may raise anything
+        raise user_file_error(error, path) from error
 
 
 def _describe_files(path: Path) -> str:

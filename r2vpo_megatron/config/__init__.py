@@ -14,6 +14,7 @@ from r2vpo_megatron.config.sections import (
     TrainConfig,
 )
 from r2vpo_megatron.config.survival import CheckpointConfig, GuardConfig
+from r2vpo_megatron.config.variants import side_by_side, variants
 
 __all__ = [
     "AlgorithmConfig",
@@ -32,4 +33,6 @@ __all__ = [
     "RuntimeConfig",
     "TrainConfig",
     "WeightSyncConfig",
+    "side_by_side",
+    "variants",
 ]

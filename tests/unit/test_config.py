@@ -22,7 +22,7 @@ from r2vpo_megatron.config import (
     TrainConfig,
     WeightSyncConfig,
 )
-from recipes.tiny_cpu import r2vpo_off_policy, r2vpo_on_policy
+from recipes.tiny_cpu import RECIPES, r2vpo_off_policy
 
 
 def make_config() -> RunConfig:
@@ -98,7 +98,7 @@ def test_micro_batches_divide_into_what_their_ranks_hold(
 
 
 def test_both_algorithms_of_the_paper() -> None:
-    off_policy, on_policy = r2vpo_off_policy(), r2vpo_on_policy()
+    off_policy, on_policy = r2vpo_off_policy(), RECIPES["r2vpo_on_policy"]()
     off_policy.validate()
     on_policy.validate()
     assert off_policy.replay == ReplayConfig(capacity_iterations=4, update_to_data=2.0)

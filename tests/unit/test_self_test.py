@@ -104,7 +104,7 @@ def test_a_recipe_that_one_mode_does_not_take_is_refused_before_anything_runs(
     fields = ["--algorithm.behavior-logprobs", "rollout", "--pipeline.carry-over-fraction", "0.5"]
     assert doctor.main(["--self-test", *fields]) == 2
     assert "pipeline.max_staleness = 1" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("r2vpo-*")) == []  # torch may make a folder of its own
 
 
 def test_the_command_asks_for_what_to_do(capsys: Any) -> None:

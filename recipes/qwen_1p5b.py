@@ -1,0 +1,39 @@
+"""DeepSeek-R1-Distill-Qwen-1.5B with the settings of the paper, on 16 devices, 8 of them learning.
+
+Names without a suffix are laid out for NPUs of 64 GB, those with `_gpu80` for GPUs of 80 GB. Where
+model and prompts lie is said by --model.path, --data.train-prompts and --data.held-out-prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from r2vpo_megatron.config import ModelConfig, ParallelConfig, RunConfig, variants
+from r2vpo_megatron.config.paper import paper_settings
+
+
+def r2vpo_off_policy() -> RunConfig:
+    """Algorithm 2: FIFO replay of 4 iterations, UTD 2, lambda 0.04."""
+    base = paper_settings()
+    return replace(
+        base,
+        model=ModelConfig(path="models/DeepSeek-R1-Distill-Qwen-1.5B"),
+        # 2 KV heads: tensor parallel by 2 at most.
+        parallel=ParallelConfig(
+            tensor=2,
+            data=4,
+            sequence_parallel=True,
+            max_tokens_per_micro_batch=2 * base.max_sequence_tokens,
+            recompute="full",
+        ),
+        rollout=replace(base.rollout, num_engines=8),
+    )
+
+
+def r2vpo_off_policy_gpu80() -> RunConfig:
+    """The same on GPUs of 80 GB: room for all activations but those of the MLPs."""
+    base = r2vpo_off_policy()
+    return replace(base, parallel=replace(base.parallel, recompute="mlp"))
+
+
+RECIPES = variants(r2vpo_off_policy) | variants(r2vpo_off_policy_gpu80, "_gpu80")
