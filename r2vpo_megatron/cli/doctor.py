@@ -1,6 +1,10 @@
-"""Doctor: does this installation compute what it should?
+"""Doctor: is all that a run needs there, and does this installation compute what it should?
 
-`python -m r2vpo_megatron.cli.doctor --self-test [RECIPE_FILE.py:function] [--section.field value]`
+    python -m r2vpo_megatron.cli.doctor [RECIPE_FILE.py:name] [--section.field value]
+    python -m r2vpo_megatron.cli.doctor --self-test [RECIPE_FILE.py:name] [--section.field value]
+
+The first looks at devices, drivers, packages, folders, clocks, ports and collectives of all nodes
+(`--runtime.ray-address`), and at model, tokenizer and prompts; it starts no run.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ from r2vpo_megatron.cli.command_line import CommandLine, parse_command_line
 from r2vpo_megatron.cli.errors import EXIT_FAILED, RunFailed, run_command
 from r2vpo_megatron.config import RunConfig
 
-PROGRAM = "python -m r2vpo_megatron.cli.doctor --self-test"
+PROGRAM = "python -m r2vpo_megatron.cli.doctor"
 SELF_TEST_FLAG = "--self-test"
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny_cpu.py"
 DEFAULT_FUNCTION = "self_test"
 PURPOSE = (
-    "Trains by a recipe with a learning rate of 0, synchronously and asynchronously, and checks "
-    "that the ratio of policies stays 1. Nothing of it is kept unless it fails."
+    "Looks at all that a run by this recipe needs, node by node. With --self-test: trains by it "
+    "with a learning rate of 0, synchronously and asynchronously, and checks that the ratio of "
+    "policies stays 1; nothing of that is kept unless it fails."
 )
 
 
@@ -32,11 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    if SELF_TEST_FLAG not in arguments:
-        raise ValueError(
-            f"nothing to do. Usage: {PROGRAM} [RECIPE_FILE.py:function] [--section.field value ...]"
-        )
-    return _self_test(_parse([argument for argument in arguments if argument != SELF_TEST_FLAG]))
+    is_self_test = SELF_TEST_FLAG in arguments
+    command = _parse([argument for argument in arguments if argument != SELF_TEST_FLAG])
+    return _self_test(command) if is_self_test else _diagnose(command)
 
 
 def _parse(arguments: list[str]) -> CommandLine:
@@ -44,11 +47,23 @@ def _parse(arguments: list[str]) -> CommandLine:
     if not arguments or arguments[0].startswith("-"):
         if not DEFAULT_RECIPE.exists():
             raise ValueError(
-                f"no recipe given, and {DEFAULT_RECIPE} is not there: {PROGRAM} RECIPE_FILE.py:"
-                "function"
+                f"no recipe given, and {DEFAULT_RECIPE} is not there: {PROGRAM} RECIPE_FILE.py:name"
             )
         arguments = [f"{DEFAULT_RECIPE}:{DEFAULT_FUNCTION}", *arguments]
     return parse_command_line(PROGRAM, PURPOSE, arguments)
+
+
+def _diagnose(command: CommandLine) -> int:
+    # Torch and Ray come with these: seconds that a wrong field should not have to wait for.
+    from r2vpo_megatron.diagnosis.diagnose import diagnose
+    from r2vpo_megatron.diagnosis.findings import FAULT, summarize
+
+    findings = []
+    for finding in diagnose(command.config):
+        print(finding, flush=True)
+        findings.append(finding)
+    print(summarize(findings))
+    return EXIT_FAILED if any(finding.level == FAULT for finding in findings) else 0
 
 
 def _self_test(command: CommandLine) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,11 @@ from r2vpo_megatron.weight_sync import choose_backend
 
 
 @dataclass(frozen=True)
-class PreparedRun:
-    """A run that can start.
+class RunInputs:
+    """What a run reads.
 
     Attributes:
-        config: resolved: concrete device, absolute paths.
-        recipe: where the configuration came from, `file.py:function`.
-        run_dir: the run's own folder, holding config.json.
-        lock: on that folder; whoever trains releases it.
-        resume: folder of the checkpoint that it goes on from; None for a run that begins.
-        facts: what its checkpoints say of it, in JSON values.
+        config: resolved: concrete device and weight back end, absolute paths.
         model_dir: the checkpoint to start from.
         spec: its architecture.
         tokenizer: its tokenizer and chat template.
@@ -52,16 +47,30 @@ class PreparedRun:
     """
 
     config: RunConfig
-    recipe: str
-    run_dir: Path
-    lock: RunLock
-    resume: Path | None
-    facts: dict[str, Any]
     model_dir: Path
     spec: ModelSpec
     tokenizer: ChatTokenizer
     train_prompts: list[Prompt]
     held_out_prompts: list[Prompt]
+
+
+@dataclass(frozen=True)
+class PreparedRun(RunInputs):
+    """A run that can start.
+
+    Attributes:
+        recipe: where the configuration came from, `file.py:function`.
+        run_dir: the run's own folder, holding config.json.
+        lock: on that folder; whoever trains releases it.
+        resume: folder of the checkpoint that it goes on from; None for a run that begins.
+        facts: what its checkpoints say of it, in JSON values.
+    """
+
+    recipe: str
+    run_dir: Path
+    lock: RunLock
+    resume: Path | None
+    facts: dict[str, Any]
 
 
 def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
@@ -70,6 +79,27 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     Raises:
         ValueError: naming the field, file or line at fault, and what is valid; or another process
             is at work in the run's folder, where nothing has been touched then.
+        ModuleNotFoundError: a package that the run will need is missing.
+    """
+    inputs = read_inputs(config)
+    config, model_dir = inputs.config, inputs.model_dir
+    facts = _facts(config, recipe, model_dir, inputs.train_prompts)
+    run_dir, resume, lock = enter_run(config, recipe, facts, model_dir)
+    return PreparedRun(
+        **{field.name: getattr(inputs, field.name) for field in fields(inputs)},
+        recipe=recipe,
+        run_dir=run_dir,
+        lock=lock,
+        resume=resume,
+        facts=facts,
+    )
+
+
+def read_inputs(config: RunConfig) -> RunInputs:
+    """Read model, tokenizer and prompts, and check them and the configuration; nothing is written.
+
+    Raises:
+        ValueError: naming the field, file or line at fault, and what is valid.
         ModuleNotFoundError: a package that the run will need is missing.
     """
     config.validate()
@@ -98,15 +128,8 @@ def prepare_run(config: RunConfig, recipe: str) -> PreparedRun:
     # The testbed's model learns the form in its warm start; its own prompts do not ask for one.
     if config.data.check_answer_form and config.data.train_prompts:
         _check_answer_form(train_path, train_prompts, reward)
-    facts = _facts(config, recipe, model_dir, train_prompts)
-    run_dir, resume, lock = enter_run(config, recipe, facts, model_dir)
-    return PreparedRun(
+    return RunInputs(
         config=config,
-        recipe=recipe,
-        run_dir=run_dir,
-        resume=resume,
-        lock=lock,
-        facts=facts,
         model_dir=model_dir,
         spec=spec,
         tokenizer=tokenizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 def start(tiny_model: Path, tmp_path: Path) -> Iterator:
     runs: list[Run] = []
 
-    def start_run(recipe: str, command: str = "train", **overrides: str) -> Run:
+    def start_run(
+        recipe: str, command: str = "train", flags: Sequence[str] = (), **overrides: str
+    ) -> Run:
         fields = {
             **SMALL,
             "model.testbed": "",
@@ -36,9 +38,7 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator:
             **overrides,
         }
         arguments = [part for name, value in fields.items() for part in (f"--{name}", value)]
-        start_of_line = [sys.executable, "-m", f"r2vpo_megatron.cli.{command}"]
-        if command == "doctor":
-            start_of_line.append("--self-test")
+        start_of_line = [sys.executable, "-m", f"r2vpo_megatron.cli.{command}", *flags]
         runs.append(Run([*start_of_line, f"recipes/tiny_cpu.py:{recipe}", *arguments], tmp_path))
         return runs[-1]
 

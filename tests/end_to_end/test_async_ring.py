@@ -117,6 +117,7 @@ def test_the_self_test_passes_in_both_modes_and_leaves_nothing(start):
     run = start(
         "self_test",
         command="doctor",
+        flags=["--self-test"],
         **{"train.num-iterations": "3", "parallel.tensor": "1"},
     )
     assert run.process.wait(timeout=240) == 0, run.text()

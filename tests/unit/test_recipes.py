@@ -130,5 +130,5 @@ def test_gpus_have_another_layout_and_nothing_else(module: Any) -> None:
 def test_the_self_test_is_small_and_valid() -> None:
     config = tiny_cpu.self_test()
     config.validate()
-    assert config.train.num_iterations == 50
+    assert config.train.num_iterations == 2
     assert config.samples_per_iteration == 64
