@@ -127,11 +127,24 @@ def parts_of(ring: Ring) -> dict[str, Any]:
 
 
 def checkpoints_of(
-    ring: Ring, learner: Any, folder: Path, said: list[str], **fields: Any
+    ring: Ring,
+    learner: Any,
+    folder: Path,
+    said: list[str],
+    resumed: Path | None = None,
+    **fields: Any,
 ) -> RunCheckpoints:
     config = replace(config_of("synchronous").checkpoint, **fields)
     return RunCheckpoints(
-        config, folder, {}, learner, ring.replay, parts_of(ring), ring.progress, said.append
+        config,
+        folder,
+        {},
+        learner,
+        ring.replay,
+        parts_of(ring),
+        ring.progress,
+        said.append,
+        resumed,
     )
 
 

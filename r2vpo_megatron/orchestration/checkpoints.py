@@ -25,6 +25,7 @@ from r2vpo_megatron.checkpoint.run_folder import (
     CheckpointNotWritten,
     Position,
     begin_checkpoint,
+    by_latest,
     discard_checkpoint,
     retain,
     seal_checkpoint,
@@ -99,6 +100,7 @@ class RunCheckpoints:
         parts: of the driver, by name.
         progress: of the loop.
         say: is told what was written, and what could not be, in a line.
+        resumed: checkpoint that the run has gone on from, if any.
     """
 
     def __init__(
@@ -111,13 +113,16 @@ class RunCheckpoints:
         parts: Mapping[str, Stateful],
         progress: Progress,
         say: Callable[[str], None],
+        resumed: Path | None = None,
     ) -> None:
         self._config, self._root, self._facts = config, root, facts
         self._learner, self._replay, self._parts = learner, replay, parts
         self._progress, self._say = progress, say
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
-        self._saved_at: Position | None = None  # by this process: it may have gone back
+        # A run that went back writes the one that it went back to again, so that it is the latest.
+        is_latest = resumed is not None and by_latest(root)[0][:1] == [resumed]
+        self._saved_at = Position.parse(resumed.name) if resumed and is_latest else None
         self._is_given_up = threading.Event()
         self.seconds = 0.0  # that training has waited, since `metrics`
 

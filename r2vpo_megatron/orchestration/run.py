@@ -248,6 +248,7 @@ def _checkpoints(run: PreparedRun, ring: Ring, say: Callable[[str], None]) -> Ru
         parts=_parts(ring),
         progress=ring.progress,
         say=say,
+        resumed=run.resume,
     )
 
 

@@ -17,6 +17,7 @@ from r2vpo_megatron.checkpoint.run_folder import (
     seal_checkpoint,
     verify_checkpoint,
 )
+from r2vpo_megatron.orchestration.checkpoints import restore
 from r2vpo_megatron.orchestration.cluster import NoAnswer
 from r2vpo_megatron.orchestration.loop import train
 from r2vpo_megatron.orchestration.run import save_weights
@@ -30,6 +31,7 @@ from tests.saved_ring import (
     SavedLearner,
     checkpoints_of,
     config_of,
+    parts_of,
     turn,
 )
 
@@ -65,6 +67,24 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_one_waits(
     checkpoints.save(wait=True)  # of this place there is one already
     assert len(said) == 2
     checkpoints.__exit__(None, None, None)
+
+
+def test_a_run_that_goes_on_from_the_latest_does_not_write_it_again(tmp_path: Path) -> None:
+    config, learner, said = config_of("synchronous"), SavedLearner(), list[str]()
+    root = tmp_path / "checkpoints"
+    for number in (1, 2):
+        ring = make_ring(config, learner, FakeRollout(), reward, tmp_path)
+        turn(ring, config, stop_after=number)
+        with checkpoints_of(ring, learner, root, []) as checkpoints:
+            checkpoints.save(wait=True)
+    latest, before = list_checkpoints(root)
+    for resumed, written in ((latest, []), (before, [before.name])):
+        ring = make_ring(config, learner, FakeRollout(), reward, tmp_path)
+        restore(resumed, ring.replay, parts_of(ring), ring.progress)
+        with checkpoints_of(ring, learner, root, said, resumed=resumed) as checkpoints:
+            assert checkpoints.save(wait=True)
+        assert [line.rpartition("/")[2] for line in said] == written
+    assert (root / "latest").read_text().strip() == before.name
 
 
 def test_what_cannot_be_written_is_said_and_costs_nothing_that_was_there(tmp_path: Path) -> None:
