@@ -37,6 +37,14 @@ LAYOUT = (
     "rollout.threads_per_engine",
     "runtime.device",
 )
+# What names of samples, the place among the prompts and the buffer are made of.
+FIXED = (
+    "train_prompts",
+    "train.seed",
+    "train.prompts_per_iteration",
+    "train.responses_per_prompt",
+    "replay.capacity_iterations",
+)
 # Paths, which do not matter where what lies there is the same.
 FINGERPRINTED = {
     "model.path": "model",
@@ -103,7 +111,7 @@ def check_differences(
 
     Args:
         saved, current: as for `find_differences`.
-        allowed: names of fields and fingerprints that may differ.
+        allowed: names of fields and fingerprints that may differ, none of FIXED.
 
     Raises:
         ValueError: listing all that may not, and how to allow it; or a name in `allowed` that is
@@ -118,6 +126,13 @@ def check_differences(
             f"configuration as section.name, or {', '.join(current['fingerprints'])}"
         )
     others = [difference for difference in differences if difference.kind == "other"]
+    fixed = [difference for difference in others if difference.field in FIXED]
+    if fixed:
+        listed = "\n".join(f"  {difference}" for difference in fixed)
+        raise ValueError(
+            f"this is not the run that was saved, and cannot go on from it:\n{listed}\n"
+            "to train on with other values, begin a run from its weights (model.weights)"
+        )
     refused = [difference for difference in others if difference.field not in allowed]
     if refused:
         listed = "\n".join(f"  {difference}" for difference in refused)

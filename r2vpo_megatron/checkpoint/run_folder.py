@@ -3,6 +3,7 @@
     ROOT/iteration-000012/            after 12 iterations
     ROOT/iteration-000012-update-004/ after 4 mini-batches more
     ROOT/latest                       name of the newest
+    ROOT/abandoned/                   those of branches that the run went back from
     ROOT/.*                           what is being written or removed; nobody reads it
 
 A checkpoint is written into a hidden folder, hashed, brought to the disk, and renamed. Its manifest
@@ -15,7 +16,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -24,15 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from r2vpo_megatron.checkpoint.durable import synchronize, synchronize_one
+from r2vpo_megatron.checkpoint.position import Position, is_position
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
-_FORMAT = 1
-_NAME = re.compile(r"iteration-(\d{6,})(?:-update-(\d{3,}))?")
+ABANDONED_FOLDER = "abandoned"
+_FORMAT = 2
 _HASHING_THREADS = 4
 _HASHED_BYTES = 1 << 20  # at a time
 _MOST_NAMED = 5
@@ -45,39 +46,6 @@ class CheckpointNotWritten(RuntimeError):
 
 class CheckpointDamaged(ValueError):
     """A checkpoint is not what its manifest says."""
-
-
-@dataclass(frozen=True, order=True)
-class Position:
-    """Where in a run a checkpoint was written.
-
-    Attributes:
-        iteration: number of iterations that are complete.
-        num_mini_batches: of the next one that have been learned from.
-    """
-
-    iteration: int
-    num_mini_batches: int = 0
-
-    @property
-    def name(self) -> str:
-        """Of its folder; in the order of positions."""
-        name = f"iteration-{self.iteration:06d}"
-        return f"{name}-update-{self.num_mini_batches:03d}" if self.num_mini_batches else name
-
-    @classmethod
-    def parse(cls, name: str) -> Self:
-        """The position of a folder's name.
-
-        Raises:
-            ValueError: it is none.
-        """
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(
-                f"{name!r} is not the name of a checkpoint, as iteration-000012 is one"
-            )
-        return cls(int(match[1]), int(match[2] or 0))
 
 
 @dataclass(frozen=True)
@@ -144,11 +112,8 @@ def seal_checkpoint(
     root = partial.parent
     try:
         _make_private(partial)
-        manifest = {
-            "format": _FORMAT,
-            "facts": dict(facts),
-            "files": _hash_files(partial, is_given_up),
-        }
+        content = {"facts": dict(facts), "files": _hash_files(partial, is_given_up)}
+        manifest = {"format": _FORMAT, "sha256": _content_digest(content), **content}
         _write_durably(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
         synchronize(partial, is_given_up)
         final = root / name
@@ -156,9 +121,7 @@ def seal_checkpoint(
             final.rename(root / f"{_REPLACED}{name}")
         partial.rename(final)
         synchronize_one(root)
-        _write_durably(root / f".{LATEST_FILE}", f"{name}\n")
-        (root / f".{LATEST_FILE}").replace(root / LATEST_FILE)
-        synchronize_one(root)
+        _write_latest(root, name)
     except OSError as error:
         discard_checkpoint(partial)
         with suppress(OSError):  # it comes back when the next one begins, or is looked for
@@ -168,11 +131,39 @@ def seal_checkpoint(
     return final
 
 
+def go_back_to(root: Path, name: str) -> list[str]:
+    """Make a checkpoint the latest, and put those beyond it where none goes on from them.
+
+    They stay on the disk, in ROOT/abandoned: what the run does from here on is another branch.
+
+    Args:
+        root: of the run's checkpoints; the caller is alone there.
+        name: of one of them.
+
+    Returns:
+        Names of those that were put aside, the oldest first.
+
+    Raises:
+        OSError: the disk is full or failed.
+    """
+    _write_latest(root, name)
+    _, beyond = by_latest(root)
+    for folder in reversed(beyond):
+        aside = root / ABANDONED_FOLDER
+        aside.mkdir(mode=0o755, exist_ok=True)
+        place = aside / folder.name
+        if place.exists():  # of a branch before this one
+            place = aside / f"{folder.name}-{secrets.token_hex(4)}"
+        folder.rename(place)
+    synchronize_one(root)
+    return [folder.name for folder in reversed(beyond)]
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Folders with the name of a checkpoint, the newest first; sound or not."""
     if not root.is_dir():
         return []
-    folders = [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    folders = [path for path in root.iterdir() if path.is_dir() and is_position(path.name)]
     return sorted(folders, key=lambda path: Position.parse(path.name), reverse=True)
 
 
@@ -314,6 +305,11 @@ def _read_manifest(folder: Path) -> Manifest:
             raise CheckpointDamaged(
                 f"{folder}: its format is {content['format']!r}; this version reads {_FORMAT}"
             )
+        parts = {"facts": content["facts"], "files": content["files"]}
+        if content["sha256"] != _content_digest(parts):
+            raise CheckpointDamaged(
+                f"{folder} is damaged: {MANIFEST_FILE}: its content has changed"
+            )
         files = {
             name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()
         }
@@ -322,6 +318,11 @@ def _read_manifest(folder: Path) -> Manifest:
         if isinstance(error, CheckpointDamaged):
             raise
         raise CheckpointDamaged(f"{folder}: no manifest can be read: {error}") from error
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+    """Of what a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_files(folder: Path, is_given_up: Callable[[], bool]) -> dict[str, dict[str, Any]]:
@@ -355,6 +356,12 @@ def _make_private(folder: Path) -> None:
     for path in folder.rglob("*"):
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
     folder.chmod(0o755)
+
+
+def _write_latest(root: Path, name: str) -> None:
+    _write_durably(root / f".{LATEST_FILE}", f"{name}\n")
+    (root / f".{LATEST_FILE}").replace(root / LATEST_FILE)
+    synchronize_one(root)
 
 
 def _write_durably(path: Path, text: str) -> None:

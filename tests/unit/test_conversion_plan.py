@@ -13,8 +13,8 @@ from r2vpo_megatron.conversion.megatron_pieces import ParallelLayout
 from r2vpo_megatron.conversion.plan import check_folders, describe, row_blocks
 from r2vpo_megatron.conversion.to_hf import plan_to_hf
 from r2vpo_megatron.conversion.to_megatron import plan_to_megatron
+from tests.published_models import PANGU_7B
 from tests.random_checkpoints import make_hf_folder, save_tensors
-from tests.unit.test_model_spec import PANGU_7B
 
 
 @pytest.fixture

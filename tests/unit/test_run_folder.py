@@ -4,7 +4,6 @@ import errno
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from r2vpo_megatron.checkpoint import durable
+from r2vpo_megatron.checkpoint.position import Position
 from r2vpo_megatron.checkpoint.run_folder import (
-    CheckpointDamaged,
     CheckpointNotWritten,
-    Position,
     begin_checkpoint,
+    go_back_to,
     list_checkpoints,
     newest_sound,
-    require_private,
     retain,
     seal_checkpoint,
     verify_checkpoint,
@@ -260,6 +258,29 @@ def test_retention_keeps_the_last_and_every_so_many(tmp_path):
     assert retain(tmp_path, 1, 0) == []
 
 
+def test_a_branch_that_was_left_is_put_aside_for_good(tmp_path):
+    for place in (Position(1), Position(2), Position(2, 4), Position(3)):
+        write(tmp_path, place.name, "first")
+    assert go_back_to(tmp_path, Position(2).name) == [Position(2, 4).name, Position(3).name]
+    assert sound_text(tmp_path) == "first" and names(tmp_path)[0] == Position(2).name
+    assert go_back_to(tmp_path, Position(2).name) == []
+    write(tmp_path, Position(3).name, "second")
+    write(tmp_path, Position(4).name, "second")
+    assert retain(tmp_path, keep_last=2, keep_every_iterations=0) == [
+        Position(1).name,
+        Position(2).name,
+    ]
+    (tmp_path / Position(4).name / "run_state.json").write_text("x")
+    assert newest_sound(tmp_path, lambda text: None).folder.name == Position(3).name
+    assert newest_sound(tmp_path, lambda text: None).facts["text"] == "second"
+    assert go_back_to(tmp_path, Position(3).name) == [Position(4).name]
+    aside = sorted(path.name for path in (tmp_path / "abandoned").iterdir())
+    assert aside == [Position(2, 4).name, Position(3).name, Position(4).name]
+    write(tmp_path, Position(4).name, "third")
+    assert go_back_to(tmp_path, Position(3).name) == [Position(4).name]
+    assert len(list((tmp_path / "abandoned").iterdir())) == 4  # nothing of before is lost
+
+
 def test_a_run_that_went_back_goes_on_from_what_it_wrote_since(tmp_path):
     for iteration in (1, 2, 5, 6):
         write(tmp_path, Position(iteration).name, f"first {iteration}")
@@ -278,115 +299,3 @@ def test_without_a_latest_that_names_one_it_is_the_furthest(tmp_path, latest):
     else:
         (tmp_path / "latest").write_bytes(latest.encode("utf-8", "surrogatepass"))
     assert sound_text(tmp_path) == "2"
-
-
-def truncate(folder: Path) -> None:
-    os.truncate(folder / "run_state.json", 1)
-
-
-def flip(folder: Path) -> None:
-    (folder / "run_state.json").write_text("x23")
-
-
-def delete(folder: Path) -> None:
-    (folder / "run_state.json").unlink()
-
-
-def add(folder: Path) -> None:
-    (folder / "learner" / "more").touch()
-
-
-def link(folder: Path) -> None:
-    (folder / "run_state.json").rename(folder.parent / "aside")
-    (folder / "run_state.json").symlink_to(folder.parent / "aside")
-
-
-def break_manifest(folder: Path) -> None:
-    os.truncate(folder / "manifest.json", 20)
-
-
-def drop_manifest(folder: Path) -> None:
-    (folder / "manifest.json").unlink()
-
-
-def change_format(folder: Path) -> None:
-    path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (truncate, "run_state.json: 1 bytes, 3 bytes were written"),
-        (flip, "run_state.json: its content has changed"),
-        (delete, "run_state.json: missing"),
-        (add, "learner/more: not of this checkpoint"),
-        (link, "run_state.json: a link"),
-        (break_manifest, "no manifest can be read"),
-        (drop_manifest, "no manifest can be read"),
-        (change_format, "its format is 2; this version reads 1"),
-    ],
-)
-def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage, message):
-    write(tmp_path, "iteration-000001", "old")
-    damage(write(tmp_path, "iteration-000002", "123"))
-    told = []
-    manifest = newest_sound(tmp_path, told.append)
-    assert manifest is not None and manifest.facts == {"text": "old"}
-    (line,) = told
-    assert "iteration-000002" in line and message in line
-
-
-def test_all_damage_is_named_at_once(tmp_path):
-    folder = write(tmp_path, "iteration-000001", "123")
-    (folder / "learner" / "rank-0").unlink()
-    flip(folder)
-    add(folder)
-    with pytest.raises(CheckpointDamaged) as caught:
-        verify_checkpoint(folder)
-    assert str(caught.value).endswith(
-        "learner/more: not of this checkpoint; learner/rank-0: missing; "
-        "run_state.json: its content has changed"
-    )
-
-
-def test_where_none_is_sound_there_is_none(tmp_path):
-    assert newest_sound(tmp_path / "nowhere", refuse) is None
-    assert newest_sound(tmp_path, refuse) is None
-    delete(write(tmp_path, "iteration-000001"))
-    told = []
-    assert newest_sound(tmp_path, told.append) is None
-    assert len(told) == 1
-
-
-def test_whatever_the_umask_others_cannot_write(tmp_path):
-    before = os.umask(0)
-    try:
-        root = tmp_path / "checkpoints"
-        partial = begin_checkpoint(root, "iteration-000001")
-        assert partial.stat().st_mode & 0o777 == 0o700
-        shutil.rmtree(partial)
-        folder = write(root, "iteration-000001")
-    finally:
-        os.umask(before)
-    require_private(folder)
-    for path in (root, root / "latest", folder / "manifest.json", folder / "learner"):
-        assert not path.stat().st_mode & 0o022, path
-
-
-@pytest.mark.parametrize("mode", [0o664, 0o646])
-def test_what_others_may_write_is_refused(tmp_path, mode):
-    folder = write(tmp_path, "iteration-000001")
-    (folder / "learner" / "rank-0").chmod(mode)
-    with pytest.raises(ValueError, match=r"1 files .*rank-0.*chmod -R go-w"):
-        verify_checkpoint(folder)
-    (folder / "learner" / "rank-0").chmod(0o644)
-    verify_checkpoint(folder)
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
-def test_what_belongs_to_others_is_refused(tmp_path):
-    folder = write(tmp_path, "iteration-000001")
-    os.chown(folder / "run_state.json", 12345, -1)
-    with pytest.raises(ValueError, match="run_state.json"):
-        newest_sound(tmp_path, refuse)

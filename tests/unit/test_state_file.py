@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import random
 import resource
 import struct
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from r2vpo_megatron.checkpoint.host_random import HostRandom
 from r2vpo_megatron.checkpoint.state_file import load_state, save_state
 
 INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
@@ -144,3 +146,21 @@ def test_no_room_for_the_arrays_is_an_os_error(tmp_path):
     child.start()
     child.join()
     assert child.exitcode == 3
+
+
+def test_the_drivers_generators_go_on_where_they_were() -> None:
+    part = HostRandom()
+    random.gauss(0, 1)  # half of a pair is kept
+    np.random.standard_normal()
+    state = json.loads(json.dumps(part.state_dict()))
+    drawn = [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand()]
+    part.load_state_dict(state)
+    assert drawn == [
+        random.gauss(0, 1),
+        random.random(),
+        np.random.standard_normal(),
+        np.random.rand(),
+    ]
+    for broken in ({}, state | {"python": [3, [1, 2], None]}, state | {"numpy": None}):
+        with pytest.raises(ValueError, match="state of the random generators is broken"):
+            part.load_state_dict(broken)
