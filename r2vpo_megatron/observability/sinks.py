@@ -42,7 +42,7 @@ class MetricsWriter:
         self.path = run_dir / FILE_NAMES[key]
         self._key = key
         _cut_torn_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
         self._tensorboard = _open_tensorboard(run_dir / "tensorboard") if tensorboard else None
 
     def write(self, number: int, metrics: Mapping[str, MetricValue]) -> None:
@@ -51,17 +51,34 @@ class MetricsWriter:
         Args:
             number: Of the iteration (or update): first key of the line, TensorBoard's axis.
             metrics: Plain Python values; numpy scalars are taken as their Python value.
+
+        Raises:
+            OSError: the disk is full or failed; nothing of the record is in the file.
         """
         record = {self._key: number} | {name: _to_plain(value) for name, value in metrics.items()}
         encoded = {name: _encode(value) for name, value in record.items()}
-        self._file.write(json.dumps(encoded, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._append((json.dumps(encoded, allow_nan=False) + "\n").encode())
         if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != self._key and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, number)
-            self._tensorboard.flush()
+            try:
+                for name, value in record.items():
+                    if name != self._key and isinstance(value, int | float):
+                        self._tensorboard.add_scalar(name, value, number)
+                self._tensorboard.flush()
+            except OSError as error:  # its writer has ended with it
+                print(f"TensorBoard's events end here: {error}", flush=True)
+                self._tensorboard = None
+
+    def _append(self, line: bytes) -> None:
+        descriptor = self._file.fileno()
+        size = os.fstat(descriptor).st_size
+        try:
+            left = line
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
 
     def close(self) -> None:
         """Close the files; writing afterwards is an error."""

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +97,24 @@ def test_a_broken_metrics_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"iteration": 1}\nnot json\n{"iteration": 2}\n')
     with pytest.raises(ValueError, match="metrics.jsonl:2: not a metrics record"):
         read_metrics(path)
+
+
+def test_a_record_that_the_disk_has_no_room_for_leaves_nothing_of_it(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"reward/mean": 0.5})
+        size = writer.path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))  # a part of it fits
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                writer.write(2, {"reward/mean": 0.75})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert writer.path.stat().st_size == size
+        writer.write(2, {"reward/mean": 0.75})
+    assert [record["iteration"] for record in read_metrics(writer.path)] == [1, 2]
 
 
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
