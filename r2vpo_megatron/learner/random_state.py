@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import base64
-import random
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
+from r2vpo_megatron.checkpoint.host_random import HostRandom
 from r2vpo_megatron.device.base import Platform
 
 
 def random_state(platform: Platform) -> dict[str, Any]:
     """Of Python, numpy (its global generator), torch on host and device, and Megatron's tracker."""
-    version, python_state, python_gauss = random.getstate()
-    algorithm, keys, position, has_gauss, gauss = cast("Any", np.random.get_state())
     return {
-        "python": [version, list(python_state), python_gauss],
-        "numpy": [algorithm, keys.tolist(), position, has_gauss, gauss],
+        **HostRandom().state_dict(),
         "torch": {name: _encode(state) for name, state in platform.generator_states().items()},
         "megatron": {
             name: _encode(state) for name, state in get_cuda_rng_tracker().get_states().items()
@@ -34,11 +30,8 @@ def restore_random_state(saved: Any, platform: Platform) -> None:
     Raises:
         ValueError: it is not that.
     """
+    HostRandom().load_state_dict(saved)
     try:
-        version, python_state, python_gauss = saved["python"]
-        algorithm, keys, position, has_gauss, gauss = saved["numpy"]
-        random.setstate((version, tuple(python_state), python_gauss))
-        np.random.set_state((algorithm, np.array(keys, np.uint32), position, has_gauss, gauss))
         platform.set_generator_states(
             {name: _decode(state) for name, state in saved["torch"].items()}
         )

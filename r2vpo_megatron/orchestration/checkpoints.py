@@ -21,11 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from ray.exceptions import RayError
+
+from r2vpo_megatron.checkpoint.position import Position
 from r2vpo_megatron.checkpoint.run_folder import (
     CheckpointNotWritten,
-    Position,
     begin_checkpoint,
-    by_latest,
     discard_checkpoint,
     retain,
     seal_checkpoint,
@@ -88,8 +89,8 @@ class _Pending:
 class RunCheckpoints:
     """Writes the run's checkpoints while its block lasts.
 
-    What is complete but for its hashes when the block ends still becomes a checkpoint, unless the
-    block ends because a signal wants the run to end at once.
+    What is being written when the block ends still becomes a checkpoint, unless a signal wants the
+    run to end at once, or the learner's part is not complete and a rank has failed.
 
     Args:
         config: when, and how many are kept.
@@ -120,9 +121,7 @@ class RunCheckpoints:
         self._progress, self._say = progress, say
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
-        # A run that went back writes the one that it went back to again, so that it is the latest.
-        is_latest = resumed is not None and by_latest(root)[0][:1] == [resumed]
-        self._saved_at = Position.parse(resumed.name) if resumed and is_latest else None
+        self._saved_at = Position.parse(resumed.name) if resumed else None
         self._is_given_up = threading.Event()
         self.seconds = 0.0  # that training has waited, since `metrics`
 
@@ -138,6 +137,8 @@ class RunCheckpoints:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             self._is_given_up.set()
         try:
+            if not isinstance(error, KeyboardInterrupt | SystemExit | NoAnswer | RayError):
+                self._conclude(wait=True)  # the learner is there to end its part
             self._writer.shutdown(wait=True)
         except BaseException:  # a signal: the thread would keep the process
             self._is_given_up.set()
@@ -152,12 +153,13 @@ class RunCheckpoints:
         if is_due(self._progress.iteration - 1, self._config.every_iterations):
             self.save()
 
-    def save(self, *, wait: bool = False) -> bool:
+    def save(self, *, wait: bool = False, is_asked_for: bool = False) -> bool:
         """Write one, if there is none of this position yet.
 
         Args:
             wait: until it is on the disk; without, and with `checkpoint.asynchronous`, only until
                 the state has been copied.
+            is_asked_for: by a person, who is told where there is one already.
 
         Returns:
             Whether all that was begun is on the disk, as far as that was waited for. If the disk is
@@ -169,7 +171,10 @@ class RunCheckpoints:
         start = time.perf_counter()
         is_written = self._conclude(wait=True)
         position = self._progress.position
-        if position != self._saved_at or not is_written:
+        if position == self._saved_at and is_written:
+            if is_asked_for:
+                self._say(f"checkpoint: {self._root / position.name} (it is there already)")
+        else:
             try:
                 self._begin(position)
                 is_written = self._conclude(wait=wait or not self._config.asynchronous)
@@ -186,6 +191,10 @@ class RunCheckpoints:
         start = time.perf_counter()
         self._conclude(wait=False)
         self.seconds += time.perf_counter() - start
+
+    def conclude(self) -> bool:
+        """Wait for one that is being written; whether it could be, or there was none."""
+        return self._conclude(wait=True)
 
     def metrics(self) -> dict[str, float]:
         """How long training has waited for checkpoints since the last call."""

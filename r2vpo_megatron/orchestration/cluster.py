@@ -9,17 +9,23 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+import psutil
 import ray
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.orchestration.ray_isolation import private_environment, warn_if_open
 
 WAITS_PER_DEADLINE = 8  # of which one at most passes while the driver itself is stopped
+DAEMONS = ("raylet", "gcs_server")
 EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+class DaemonLost(RuntimeError):
+    """Ray itself broke, on this node."""
 
 
 class NoAnswer(TimeoutError):
@@ -45,6 +51,7 @@ def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with contextlib.ExitStack() as stack:
+        terminate_by_exception = stack.enter_context(_own_handler())
         if config.runtime.ray_address:
             stack.callback(ray.shutdown)
             _join(config.runtime.ray_address, options)
@@ -52,8 +59,9 @@ def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
             stack.enter_context(private_environment())
             stack.callback(ray.shutdown)  # before its token goes
             ray.init(**options, **_own_cluster(config, resources))
-        with _terminate_by_exception():  # after init, which installs a handler of its own
-            _require_resources(resources)
+        terminate_by_exception()  # again: init installs a handler of its own
+        _require_resources(resources)
+        with _naming_lost_daemons():
             yield
 
 
@@ -95,17 +103,50 @@ def _require_resources(needed: dict[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_by_exception() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that everything is closed; Ray would abort on it."""
+def _own_handler() -> Iterator[Callable[[], None]]:
+    """Let SIGTERM unwind the stack, so that everything is closed; Ray would abort on it.
+
+    Gives what installs the handler once more.
+    """
 
     def leave(signal_number: int, frame: FrameType | None) -> None:
         raise SystemExit(EXIT_TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    def install() -> None:
+        signal.signal(signal.SIGTERM, leave)
+
+    before = signal.getsignal(signal.SIGTERM)
+    install()
     try:
-        yield
+        yield install
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _naming_lost_daemons() -> Iterator[None]:
+    """Replace an error of the block by a DaemonLost, where a daemon that Ray started here is gone.
+
+    Without one, Ray's own errors name its symptoms.
+    """
+    daemons = [child for child in psutil.Process().children() if child.name() in DAEMONS]
+    try:
+        yield
+    except Exception as error:
+        lost = [str(daemon.pid) for daemon in daemons if not _is_alive(daemon)]
+        if not lost:
+            raise
+        raise DaemonLost(
+            f"a daemon of Ray on this node is gone (pid {', '.join(lost)}): it was killed, ran out "
+            "of memory or crashed"
+        ) from error
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def get_in_time(references: Any, timeout_seconds: float, stage: str) -> Any:
@@ -123,7 +164,7 @@ def get_in_time(references: Any, timeout_seconds: float, stage: str) -> Any:
     for _ in range(WAITS_PER_DEADLINE):
         with contextlib.suppress(ray.exceptions.GetTimeoutError):
             return ray.get(references, timeout=timeout_seconds / WAITS_PER_DEADLINE)
-    raise NoAnswer(_no_answer(stage, timeout_seconds))
+    raise NoAnswer(no_answer(stage, timeout_seconds))
 
 
 def wait_for(reference: Any, watched: Sequence[Any], timeout_seconds: float, stage: str) -> Any:
@@ -143,10 +184,11 @@ def wait_for(reference: Any, watched: Sequence[Any], timeout_seconds: float, sta
         result = ray.get(ready[0])
         if ready[0] == reference:
             return result
-    raise NoAnswer(_no_answer(stage, timeout_seconds))
+    raise NoAnswer(no_answer(stage, timeout_seconds))
 
 
-def _no_answer(stage: str, timeout_seconds: float) -> str:
+def no_answer(stage: str, timeout_seconds: float) -> str:
+    """What a NoAnswer says."""
     return f"{stage}: no answer in {timeout_seconds:g} s (runtime.timeout_seconds)"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from r2vpo_megatron.checkpoint.megatron_keys import open_checkpoint
 from r2vpo_megatron.checkpoint.run_differences import fingerprint_model, fingerprint_tokenizer
+from r2vpo_megatron.checkpoint.run_folder import go_back_to
 from r2vpo_megatron.checkpoint.tensor_check import check_tensors, entries_of
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.config.checks import require, require_choice
@@ -163,6 +164,8 @@ def enter_run(
         if manifest is not None:
             require_same_run(manifest, facts, config, _say)
             _say(f"goes on from {manifest.folder}")
+            for name in go_back_to(manifest.folder.parent, manifest.folder.name):
+                _say(f"put aside, as the run goes on from an earlier one: {name}")
         write_run_config(run_dir, config.to_dict(), recipe, model_dir)
     except BaseException:
         lock.release()

@@ -7,13 +7,14 @@ plain values.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.packing import pack_trajectories, packing_statistics
@@ -25,7 +26,8 @@ from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
 from r2vpo_megatron.weight_sync.protocol import WeightBucket, WeightConnection
 
 PUSH_STAGE = "weight push"
-LOSS_SECONDS = 5.0  # for ranks that are alive, but at work, to not answer
+LOOK_SECONDS = 5.0  # for ranks to answer; those at work do not
+LOSS_SECONDS = 60.0  # for Ray to find that a node has gone
 
 
 class RankLost(RuntimeError):
@@ -72,7 +74,8 @@ class LearnerGroup:
         try:
             yield
         except (RayActorError, RayTaskError) as error:
-            if not (lost := self._lost_ranks()):
+            is_loss = isinstance(error, RayActorError)  # else a rank may have raised by itself
+            if not (lost := self._lost_ranks(LOSS_SECONDS if is_loss else LOOK_SECONDS)):
                 raise
             named = ", ".join(map(str, lost))
             raise RankLost(
@@ -202,17 +205,27 @@ class LearnerGroup:
         self._wait_for(self._ranks[0].abandon_weight_push.remote())
         self._get(self._joined, PUSH_STAGE)
 
-    def _lost_ranks(self) -> list[int]:
-        """Those whose process has ended; the others answer, or are at work."""
-        calls = {rank.node_id.remote(): number for number, rank in enumerate(self._ranks)}
-        ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=LOSS_SECONDS)
-        lost = []
-        for reference in ended:
-            try:
-                ray.get(reference)
-            except ActorDiedError as error:
-                if "creation task" not in str(error):  # that one has said why it ended
-                    lost.append(calls[reference])
+    def _lost_ranks(self, seconds: float) -> list[int]:
+        """Those whose process has ended; the others answer, or are at work.
+
+        Args:
+            seconds: until it is given up that Ray finds one.
+        """
+        lost: list[int] = []
+        deadline = time.monotonic() + seconds
+        waiting = dict(enumerate(self._ranks))
+        while waiting and not lost and time.monotonic() < deadline:
+            calls = {rank.node_id.remote(): number for number, rank in waiting.items()}
+            ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=LOOK_SECONDS)
+            for reference in ended:
+                try:
+                    ray.get(reference)
+                except ActorDiedError as error:
+                    if "creation task" not in str(error):  # that one has said why it ended
+                        lost.append(calls[reference])
+                except RayError:
+                    continue  # Ray does not know yet: it is asked again
+                del waiting[calls[reference]]
         return sorted(lost)
 
     def _get(self, references: Any, stage: str) -> Any:

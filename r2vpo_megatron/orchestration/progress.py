@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from r2vpo_megatron.checkpoint.run_folder import Position
+from r2vpo_megatron.checkpoint.position import Position
 from r2vpo_megatron.orchestration.iteration_metrics import Metrics
 
 

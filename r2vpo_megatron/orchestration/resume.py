@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2vpo_megatron.checkpoint.position import is_position
 from r2vpo_megatron.checkpoint.run_differences import check_differences
 from r2vpo_megatron.checkpoint.run_folder import (
     CHECKPOINTS_FOLDER,
-    MANIFEST_FILE,
     Manifest,
     list_checkpoints,
     newest_sound,
@@ -73,7 +73,7 @@ def find_resume_point(config: RunConfig) -> ResumePoint | None:
     if resume == AUTO:
         return _find_by_name(config)
     folder = Path(resume).resolve()
-    if (folder / MANIFEST_FILE).is_file() and folder.parent.name == CHECKPOINTS_FOLDER:
+    if is_position(folder.name) and folder.parent.name == CHECKPOINTS_FOLDER and folder.is_dir():
         point = ResumePoint(folder.parent.parent, folder)
     elif (folder / CHECKPOINTS_FOLDER).is_dir():
         point = ResumePoint(folder)

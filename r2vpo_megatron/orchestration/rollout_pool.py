@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.orchestration.cluster import NoAnswer
+from r2vpo_megatron.orchestration.cluster import NoAnswer, no_answer
 from r2vpo_megatron.orchestration.engine_loop import EngineLoop, LoopCounts, LoopSettings, Pace
 from r2vpo_megatron.orchestration.pool_engines import (
     EngineHandle,
@@ -292,7 +292,9 @@ class RolloutPool:
     def _call_all(self, method: str) -> list[Any]:
         """Every engine's result; at start-up, when the first error ends the run."""
         calls = [engine.handle.call(method) for engine in self._loop.engines]
-        return [call.result(timeout=self._timeout) for call in calls]
+        if wait(calls, timeout=self._timeout).not_done:
+            raise NoAnswer(no_answer(method, self._timeout))
+        return [call.result() for call in calls]
 
     def _refresh_waiting(self) -> None:
         self.before_look()

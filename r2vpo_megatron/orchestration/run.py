@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from r2vpo_megatron.checkpoint.run_folder import CHECKPOINTS_FOLDER, Position
+from r2vpo_megatron.checkpoint.host_random import HostRandom
+from r2vpo_megatron.checkpoint.position import Position
+from r2vpo_megatron.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.prompts import PromptStream
 from r2vpo_megatron.evaluation.held_out import HeldOutSet
@@ -23,6 +25,7 @@ from r2vpo_megatron.orchestration.checkpoints import (
 )
 from r2vpo_megatron.orchestration.cluster import NoAnswer, get_in_time, ray_session
 from r2vpo_megatron.orchestration.collect import Collector
+from r2vpo_megatron.orchestration.driver_watch import DriverWatch
 from r2vpo_megatron.orchestration.guards import UpdateGuard
 from r2vpo_megatron.orchestration.inputs import PreparedRun
 from r2vpo_megatron.orchestration.interrupts import (
@@ -179,6 +182,7 @@ def _parts(ring: Ring) -> dict[str, Stateful]:
         "dual": ring.dual,
         "guard": ring.guard,
         "timers": ring.timers,
+        "random": HostRandom(),
     }
 
 
@@ -197,21 +201,30 @@ def _turn(run: PreparedRun, ring: Ring, interrupts: Interrupts, before: Metrics 
         MetricsWriter(run_dir, tensorboard=False, key="update") as update_writer,
         ProgressLine(config.train.num_iterations) as line,
         interrupts,
+        DriverWatch(2 * config.runtime.timeout_seconds) as watch,
         _checkpoints(run, ring, line.message) as checkpoints,
     ):
         interrupts.say = line.message
 
         def attend() -> None:
             """Do what signals ask for; called where the learner is at rest."""
+            watch.beat()
             checkpoints.poll()
+            interrupts.raise_if_stopping()
             if interrupts.take_checkpoint_request():
-                checkpoints.save()
+                checkpoints.save(is_asked_for=True)
             if interrupts.take_export_request():
                 _export(run, ring, line.message)
-            interrupts.raise_if_stopping()
+
+        def record(writer: MetricsWriter, number: int, metrics: Metrics) -> None:
+            try:
+                writer.write(number, metrics)
+            except OSError:  # what is being written may be what fills the disk
+                checkpoints.conclude()
+                writer.write(number, metrics)
 
         def on_update(number: int, metrics: Metrics) -> None:
-            update_writer.write(number, metrics)
+            record(update_writer, number, metrics)
             attend()
 
         if before is not None:
@@ -219,12 +232,17 @@ def _turn(run: PreparedRun, ring: Ring, interrupts: Interrupts, before: Metrics 
             line.update(0, before)
         ring.rollout.on_event = ring.guard.on_alarm = line.message
         ring.rollout.before_look = attend
-        ring.timers.on_enter = line.stage
+
+        def enter(stage: str) -> None:
+            watch.beat(stage)
+            line.stage(stage)
+
+        ring.timers.on_enter = enter
         try:
             for metrics, gap in train(config, ring, on_update):
                 iteration = int(metrics.pop("iteration"))
                 metrics |= _machine_metrics(run, ring) | checkpoints.metrics()
-                writer.write(iteration, metrics)
+                record(writer, iteration, metrics)
                 line.update(iteration, metrics)
                 _warn_of_gap(config, iteration, gap, line.message)
                 if is_due(iteration, config.checkpoint.export_every_iterations):

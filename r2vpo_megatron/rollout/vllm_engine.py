@@ -380,11 +380,15 @@ def _logprobs_of(token_ids: Sequence[int], flat: Any) -> FloatArray:
     return np.array(flat.logprobs, dtype=np.float32)
 
 
+class NonFiniteLogprob(ValueError):
+    """A sampled token's log-prob is not a number: no other engine would do better."""
+
+
 def _require_finite(generations: Sequence[Generation]) -> None:
     for generation in generations:
         if not np.isfinite(generation.rollout_logprobs).all():
             position = int(np.argmin(np.isfinite(generation.rollout_logprobs)))
-            raise RuntimeError(
+            raise NonFiniteLogprob(
                 f"sample {generation.sample_id}: the log-prob of response token {position} is "
                 f"{generation.rollout_logprobs[position]}; are the weights of version "
                 f"{generation.policy_versions[position]} finite?"

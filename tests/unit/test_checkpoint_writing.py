@@ -77,14 +77,16 @@ def test_a_run_that_goes_on_from_the_latest_does_not_write_it_again(tmp_path: Pa
         turn(ring, config, stop_after=number)
         with checkpoints_of(ring, learner, root, []) as checkpoints:
             checkpoints.save(wait=True)
-    latest, before = list_checkpoints(root)
-    for resumed, written in ((latest, []), (before, [before.name])):
-        ring = make_ring(config, learner, FakeRollout(), reward, tmp_path)
-        restore(resumed, ring.replay, parts_of(ring), ring.progress)
-        with checkpoints_of(ring, learner, root, said, resumed=resumed) as checkpoints:
-            assert checkpoints.save(wait=True)
-        assert [line.rpartition("/")[2] for line in said] == written
-    assert (root / "latest").read_text().strip() == before.name
+    latest, _ = list_checkpoints(root)
+    ring = make_ring(config, learner, FakeRollout(), reward, tmp_path)
+    restore(latest, ring.replay, parts_of(ring), ring.progress)
+    with checkpoints_of(ring, learner, root, said, resumed=latest) as checkpoints:
+        manifest = (latest / "manifest.json").read_text()
+        assert checkpoints.save(wait=True)
+        assert said == []
+        assert checkpoints.save(is_asked_for=True)
+    assert said == [f"checkpoint: {latest} (it is there already)"]
+    assert (latest / "manifest.json").read_text() == manifest
 
 
 def test_what_cannot_be_written_is_said_and_costs_nothing_that_was_there(tmp_path: Path) -> None:
@@ -127,6 +129,24 @@ def test_a_file_system_that_times_out_ends_nothing(tmp_path: Path) -> None:
     with checkpoints_of(ring, learner, tmp_path / "checkpoints", said) as checkpoints:
         assert not checkpoints.save(wait=True)
     assert "was not written" in said[-1] and "Connection timed out" in said[-1]
+
+
+def test_a_failure_lets_the_ranks_end_what_they_write(tmp_path: Path) -> None:
+    config, learner, said = config_of("synchronous"), SavedLearner(), list[str]()
+    learner.may_write = False
+    ring = make_ring(config, learner, FakeRollout(), reward, tmp_path)
+    turn(ring, config, stop_after=1)
+    root = tmp_path / "checkpoints"
+    with (
+        pytest.raises(ValueError, match="not a number"),
+        checkpoints_of(ring, learner, root, said) as checkpoints,
+    ):
+        checkpoints.save()
+        threading.Timer(0.2, learner.release.set).start()
+        raise ValueError("a reward is not a number")
+    (folder,) = list_checkpoints(root)
+    verify_checkpoint(folder)
+    assert said == [f"checkpoint: {folder}"]
 
 
 @pytest.mark.parametrize(

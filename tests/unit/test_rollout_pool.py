@@ -22,6 +22,7 @@ from r2vpo_megatron.config import (
     RunConfig,
 )
 from r2vpo_megatron.orchestration import placement, rollout_pool
+from r2vpo_megatron.orchestration.cluster import NoAnswer
 from r2vpo_megatron.orchestration.pool_engines import describe_error
 from r2vpo_megatron.records import GenerationRequest
 from r2vpo_megatron.rollout import shared_segments
@@ -260,11 +261,14 @@ def test_without_progress_the_caller_learns_what_engines_are_doing() -> None:
         engines.go.clear()
         pool.submit(requests_of(13), SAMPLING)
         until(lambda: all(len(engine.requests) == 5 for engine in engines.made))
-        with pytest.raises(TimeoutError) as caught:
+        with pytest.raises(NoAnswer) as caught:
             pool.wait_for(has(13))
         assert "no progress of the rollout in 0.3 s" in str(caught.value)
         assert "engine 1 is sampling with 5 requests" in str(caught.value)
         assert "3 requests are queued" in str(caught.value)
+        engines.made[0].call = lambda *_: Future()  # type: ignore[assignment, method-assign]
+        with pytest.raises(NoAnswer, match="node_id: no answer in 0.3 s"):
+            pool.node_ids()
 
 
 def test_every_engine_scores() -> None:
