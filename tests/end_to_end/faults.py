@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import os
 import shutil
@@ -153,10 +154,13 @@ def kill_node_daemon(scene: Scene) -> str:
     ]
     assert len(daemons) == 1, daemons
     os.kill(daemons[0], signal.SIGKILL)
-    assert run.process.wait(timeout=180) != 0, run.text()
+    assert run.process.wait(timeout=180) == 1, run.text()
+    # Where the driver notices first; else Ray ends it at once, and says why.
+    named = ("DaemonLost: a daemon of Ray on this node is gone", "Raylet is terminated")
+    assert any(text in run.text() for text in named), run.text()
     run.assert_nothing_left(seconds=60)
     scene.goes_on()
-    return "the run ends; goes on from the last checkpoint"
+    return "the run ends and names the daemon; goes on from the last checkpoint"
 
 
 def kill_driver(scene: Scene) -> str:
@@ -182,14 +186,19 @@ def stop_rank(scene: Scene) -> str:
 
 
 def fill_disk(scene: Scene) -> str:
-    scene.checkpoints.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", str(scene.checkpoints)]
+    """Room for one checkpoint and the final weights; metrics are written beside them."""
+    scene.run_dir.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=18m,mode=700", "tmpfs", str(scene.run_dir)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         raise Untried("mounting a small file system needs root")
     try:
-        scene.finishes(scene.start(), "was not written", "No space left on device")
+        run = scene.start()
+        scene.finishes(run, "was not written", "No space left on device")
+        assert [path.name for path in scene.checkpoints.iterdir() if path.is_dir()]
+        updates = read_metrics(scene.run_dir / "updates.jsonl", "update")
+        assert [line["update"] for line in updates] == list(range(1, len(updates) + 1))
     finally:
-        subprocess.run(["umount", str(scene.checkpoints)], check=True)
+        subprocess.run(["umount", str(scene.run_dir)], check=True)
     return "the checkpoint is said not to be written; training goes on and finishes"
 
 
@@ -214,6 +223,16 @@ def reward_is_nan(scene: Scene) -> str:
     return "the run ends and names the prompt; goes on with a mended reward"
 
 
+def reward_never_returns(scene: Scene) -> str:
+    hanging = {"data.reward": "tests.end_to_end.faults:at_last_never"}
+    run = scene.start(**hanging, **{"runtime.timeout-seconds": "45"})
+    cause = "StageTimeout: collect: the driver itself has done nothing for 90 s"
+    scene.ends(run, cause, seconds=400)
+    assert "at_last_never" in (scene.run_dir / "stacks.txt").read_text()
+    scene.goes_on(**{"checkpoint.allow-changes": "data.reward"})
+    return "the run ends at its deadline with all stacks; goes on with a mended reward"
+
+
 NUM_JUDGED = itertools.count()
 
 
@@ -222,6 +241,13 @@ def at_last_nan(prompt: Prompt, text: str) -> RewardResult:
     result = parity_reward.reward(prompt, text)
     is_sound = next(NUM_JUDGED) < 60  # 8 in the first evaluation, 24 in an iteration
     return replace(result, score=result.score if is_sound else math.nan)
+
+
+def at_last_never(prompt: Prompt, text: str) -> RewardResult:
+    """The test's reward, but from the third iteration on it does not return."""
+    if next(NUM_JUDGED) >= 60:
+        time.sleep(3600)
+    return parity_reward.reward(prompt, text)
 
 
 def shortest_responses(scene: Scene) -> str:
@@ -240,7 +266,7 @@ def groups_of_one(scene: Scene) -> str:
 
 
 def clock_jumps(scene: Scene) -> str:
-    """In every process the wall clock jumps by an hour, back and forth."""
+    """In every Python process the wall clock jumps by an hour, back and forth."""
     code = scene.folder / "clock"
     code.mkdir()
     (code / "sitecustomize.py").write_text(
@@ -250,6 +276,9 @@ def clock_jumps(scene: Scene) -> str:
     )
     paths = [str(code), os.environ.get("PYTHONPATH", "")]
     scene.finishes(scene.start({"PYTHONPATH": os.pathsep.join(filter(None, paths))}))
+    manifests = [json.loads(path.read_text()) for path in scene.checkpoints.glob("*/manifest.json")]
+    times = [manifest["facts"]["written_at"] for manifest in manifests]
+    assert any(abs(at - time.time()) > 1800 for at in times), times  # it did jump
     return "no deadline heeds it; the run finishes"
 
 
@@ -264,9 +293,10 @@ FAULTS: dict[str, tuple[str, Callable[[Scene], str]]] = {
     "full-disk": ("the disk is full while a checkpoint is written", fill_disk),
     "damaged-checkpoint": ("a bit of the newest checkpoint is flipped", damage_newest),
     "reward-nan": ("rewards that are not a number", reward_is_nan),
+    "reward-hangs": ("a reward that does not return", reward_never_returns),
     "one-token": ("responses of one token, all cut off", shortest_responses),
     "group-of-one": ("groups of one response", groups_of_one),
-    "clock-jump": ("the wall clock jumps by an hour, back and forth", clock_jumps),
+    "clock-jump": ("Python's wall clock jumps by an hour, back and forth", clock_jumps),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -96,32 +97,39 @@ def go_on(start: Any, recipe: str, **fields: str) -> Any:
 def test_killed_without_warning_it_goes_on_bit_by_bit(start, tmp_path, recipe, fields):
     killed = kill_after(start, recipe, "iteration-000002", **fields)
     run = go_on(start, recipe, **fields)
-    assert "goes on from" in run.text() and "iteration-00000" in run.text()
+    checkpoints = f"{tmp_path}/run/checkpoints"
+    assert re.search(rf"^goes on from {checkpoints}/iteration-00000[12]$", run.text(), re.M)
     assert_same_run(straight(start, recipe, tmp_path, **fields), tmp_path / "run")
     killed.assert_nothing_left(seconds=90)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "num_lines", "where"),
+    ("file", "num_lines", "seconds", "where"),
     [
-        ("updates.jsonl", 11, "iteration-000001-update-"),  # of 8 an iteration
-        ("metrics.jsonl", 2, "iteration-000001"),  # while responses are waited for
+        ("updates.jsonl", 11, 0.0, r"iteration-000001-update-00\d"),  # of 8 an iteration
+        ("metrics.jsonl", 2, 0.5, r"iteration-000001"),  # while responses are waited for
     ],
 )
-def test_stopped_anywhere_it_goes_on_bit_by_bit(start, tmp_path, file, num_lines, where):
+def test_stopped_anywhere_it_goes_on_bit_by_bit(start, tmp_path, file, num_lines, seconds, where):
     """SIGTERM after an update: the checkpoint is of that one, what is left of the iteration too."""
-    fields = {"checkpoint.every-iterations": "0", "train.mini-batch-samples": "6"}
+    fields = {
+        "checkpoint.every-iterations": "0",
+        "train.mini-batch-samples": "6",
+        "rollout.max-num-seqs": "2",  # a rollout takes a few seconds
+        "rollout.max-response-tokens": "32",
+    }
     run = start("r2vpo_off_policy", **{**FIELDS, **fields})
     path, deadline = tmp_path / "run" / file, time.monotonic() + 240
     while not path.exists() or path.read_bytes().count(b"\n") < num_lines:
         assert run.process.poll() is None and time.monotonic() < deadline, run.text()
         time.sleep(0.001)
+    time.sleep(seconds)
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.process.wait(timeout=120) == 128 + signal.SIGTERM, run.text()
     run.assert_nothing_left()
     (checkpoint,) = [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir()]
-    assert checkpoint.name.startswith(where), checkpoint
+    assert re.fullmatch(where, checkpoint.name), checkpoint
     go_on(start, "r2vpo_off_policy", **fields)
     assert_same_run(straight(start, "r2vpo_off_policy", tmp_path, **fields), tmp_path / "run")
 
