@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from r2vpo_megatron.device import layer_functions
+from r2vpo_megatron.device.host_copies import copy_to_device
 from r2vpo_megatron.device.transfer_group import TransferGroup
 
 _CUDA_TYPE_NAMES = {
@@ -66,7 +68,7 @@ class SequenceLayout:
                 fewer keys than queries.
         """
         queries, query_lengths = _checked_offsets("query_offsets", query_offsets)
-        queries_on_device = torch.tensor(queries, dtype=torch.int32).to(device, non_blocking=True)
+        queries_on_device = copy_to_device(torch.tensor(queries, dtype=torch.int32), device)
         longest = max(query_lengths)
         if key_offsets is None:
             return cls(queries, queries, queries_on_device, queries_on_device, longest, longest)
@@ -77,7 +79,7 @@ class SequenceLayout:
                 f"key_offsets = {list(keys)} with query_offsets = {list(queries)}: every piece "
                 "must have at least as many keys as queries"
             )
-        keys_on_device = torch.tensor(keys, dtype=torch.int32).to(device, non_blocking=True)
+        keys_on_device = copy_to_device(torch.tensor(keys, dtype=torch.int32), device)
         return cls(queries, keys, queries_on_device, keys_on_device, longest, max(key_lengths))
 
 
@@ -131,6 +133,30 @@ class Platform(ABC):
         Returns:
             [T, heads, head_dim], scores scaled by head_dim ** -0.5.
         """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x ** 2) + eps) * weight over the last dimension, the mean in fp32.
+
+        Args:
+            x: [..., H].
+            weight: [H], x's dtype.
+            eps: added to the mean square.
+        """
+        return layer_functions.rms_norm(x, weight, eps)
+
+    def apply_rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate pairs (i, i + head_dim / 2) of x; no gradient to the table.
+
+        Args:
+            x: [T, heads, head_dim].
+            cos: [T, 1, head_dim], x's dtype; both halves of the last dimension are equal.
+            sin: [T, 1, head_dim], likewise.
+        """
+        return layer_functions.apply_rotary(x, cos, sin)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: [..., 2 F] with gate in front and up behind -> [..., F]."""
+        return layer_functions.swiglu(gate_up)
 
     @abstractmethod
     def accelerator_resource(self) -> str | None:

@@ -24,7 +24,11 @@ _DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: storage_device, an index
 
 
 class CudaPlatform(Platform):
-    """CUDA needs no stand-ins; only the attention kernel is chosen here."""
+    """CUDA needs no stand-ins; only kernels are chosen here.
+
+    Rotary embedding and SwiGLU stay what they are everywhere: torch has no kernel of its own for
+    them, and their gradients keep less than autograd would.
+    """
 
     name = "cuda"
     collective_backend = "nccl"
@@ -67,6 +71,10 @@ class CudaPlatform(Platform):
         if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
             return _torch_varlen_attention(query, key, value, layout)
         return attention_per_sequence(query, key, value, layout)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Torch's kernel: one pass each way, rounded once, after the weight."""
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
     def accelerator_resource(self) -> str | None:
         """GPU."""

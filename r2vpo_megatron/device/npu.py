@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 import uuid
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from r2vpo_megatron.device import layer_functions
 from r2vpo_megatron.device.base import Platform, SequenceLayout, tensor_types_named_cuda
 from r2vpo_megatron.device.transfer_group import TransferGroup
 
@@ -25,13 +28,16 @@ _MAX_SEQUENCES = 1024  # entries that actual_seq_qlen may have
 
 
 class NpuPlatform(Platform):
-    """torch_npu maps CUDA names to NPU ones; attention is the fused kernel in TND layout."""
+    """torch_npu maps CUDA names to NPU ones; the layers' kernels are torch_npu's."""
 
     name = "npu"
     collective_backend = "hccl"
 
     def prepare(self) -> None:
-        """Let torch_npu translate torch.cuda and nccl, then mend what it leaves of Megatron."""
+        """Let torch_npu translate torch.cuda and nccl, then mend what it leaves of Megatron.
+
+        MindSpeed's kernel for gradients of weights is put where Megatron looks for Apex's.
+        """
         _torch_npu()
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
         # No Triton for NPUs in the supported set: leave Megatron's small fusions uncompiled.
@@ -39,6 +45,12 @@ class NpuPlatform(Platform):
         random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
         # transfer_to_npu does not reach torch._C._cuda_setRNGState, which Megatron prefers.
         random._set_cuda_rng_state = _set_npu_rng_state
+        if _mindspeed_matmul_add() is not None:
+            layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+            layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+                wgrad_gemm_accum_fp32=_accumulate_weight_gradient
+            )
+            layers._grad_accum_fusion_available = True
 
     def torch_device(self, local_rank: int) -> torch.device:
         """npu:local_rank, made current."""
@@ -47,10 +59,10 @@ class NpuPlatform(Platform):
         return torch.device("npu", local_rank)
 
     def transformer_config_overrides(self) -> dict[str, Any]:
-        """No CUDA extensions."""
+        """No CUDA extensions; MindSpeed's counterpart of Apex's, where MindSpeed is installed."""
         return {
             "use_cpu_initialization": False,
-            "gradient_accumulation_fusion": False,
+            "gradient_accumulation_fusion": _mindspeed_matmul_add() is not None,
             "bias_activation_fusion": False,
             "masked_softmax_fusion": False,
         }
@@ -60,31 +72,42 @@ class NpuPlatform(Platform):
     ) -> Tensor:
         """npu_fusion_attention in TND; it knows grouped KV heads.
 
-        Raises:
-            ValueError: more sequences in one micro-batch than the kernel takes.
+        A pack of more sequences than the kernel takes costs several calls.
         """
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         num_pieces = len(layout.query_offsets) - 1
-        if num_pieces > _MAX_SEQUENCES:
-            raise ValueError(
-                f"{num_pieces} sequences in one micro-batch: npu_fusion_attention takes at most "
-                f"{_MAX_SEQUENCES}; lower the tokens per micro-batch"
-            )
-        # Without a mask sparse_mode has no effect and attention is silently full.
-        output: Tensor = _torch_npu().npu_fusion_attention(
-            query,
-            key,
-            value,
-            query.shape[1],
-            "TND",
-            atten_mask=_compressed_causal_mask(query.device),
-            scale=query.shape[-1] ** -0.5,
-            keep_prob=1.0,
-            sparse_mode=_RIGHT_DOWN_CAUSAL,
-            # TND offsets come without the leading 0.
-            actual_seq_qlen=list(layout.query_offsets[1:]),
-            actual_seq_kvlen=list(layout.key_offsets[1:]),
-        )[0]
-        return output
+        if num_pieces <= _MAX_SEQUENCES:
+            return _fused_attention(query, key, value, layout.query_offsets, layout.key_offsets)
+        starts = range(0, num_pieces, _MAX_SEQUENCES)
+        query_parts, key_parts = (
+            [offsets[start : start + _MAX_SEQUENCES + 1] for start in starts]
+            for offsets in (layout.query_offsets, layout.key_offsets)
+        )
+        # Splitting has one gradient for all parts; slices would each have one of the whole's size.
+        queries = query.split([part[-1] - part[0] for part in query_parts])
+        keys, values = (
+            whole.split([part[-1] - part[0] for part in key_parts]) for whole in (key, value)
+        )
+        return torch.cat(
+            [
+                _fused_attention(*part)
+                for part in zip(queries, keys, values, query_parts, key_parts, strict=True)
+            ]
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """npu_rms_norm."""
+        normalized: Tensor = _torch_npu().npu_rms_norm(x, weight, epsilon=eps)[0]
+        return normalized
+
+    def apply_rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """npu_rotary_mul both ways: its own gradient would keep x, which a rotation can spare."""
+        return layer_functions.apply_rotary(x, cos, sin, _rotate)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """npu_swiglu."""
+        activated: Tensor = _torch_npu().npu_swiglu(gate_up, dim=-1)
+        return activated
 
     def accelerator_resource(self) -> str | None:
         """NPU."""
@@ -144,6 +167,74 @@ class NpuPlatform(Platform):
     def optimizer_context(self) -> AbstractContextManager[None]:
         """Megatron's optimizers know CUDA's tensor type names only."""
         return tensor_types_named_cuda()
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Sequence[int],
+    key_offsets: Sequence[int],
+) -> Tensor:
+    """Attention in up to 1,024 pieces; offsets [P + 1] may begin anywhere."""
+    # Without a mask sparse_mode has no effect and attention is silently full.
+    output: Tensor = _torch_npu().npu_fusion_attention(
+        query,
+        key,
+        value,
+        query.shape[1],
+        "TND",
+        atten_mask=_compressed_causal_mask(query.device),
+        scale=query.shape[-1] ** -0.5,
+        keep_prob=1.0,
+        sparse_mode=_RIGHT_DOWN_CAUSAL,
+        # TND offsets come without the leading 0.
+        actual_seq_qlen=[end - query_offsets[0] for end in query_offsets[1:]],
+        actual_seq_kvlen=[end - key_offsets[0] for end in key_offsets[1:]],
+    )[0]
+    return output
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """The kernel takes four dimensions: here batch, sequence, heads, head_dim."""
+    rotated: Tensor = _torch_npu().npu_rotary_mul(
+        x.contiguous().unsqueeze(0),
+        cos.unsqueeze(0),
+        (sin if direction > 0 else -sin).unsqueeze(0),
+        rotary_mode="half",
+    )
+    return rotated.squeeze(0)
+
+
+@functools.cache
+def _mindspeed_matmul_add() -> Callable[[Tensor, Tensor, Tensor], None] | None:
+    """MindSpeed's kernel that adds a product of bf16 or fp16 matrices to fp32, or None.
+
+    Nothing else of MindSpeed is wanted: what its megatron_adaptor replaces by name, guided by
+    sys.argv, are parts of Megatron that this project does not use. The public registry's package
+    of that name is empty.
+    """
+    try:
+        module = importlib.import_module("mindspeed.ops.npu_matmul_add")
+    except ImportError:
+        return None
+    kernel: Callable[[Tensor, Tensor, Tensor], None] = module.npu_matmul_add_fp32
+    return kernel
+
+
+def _accumulate_weight_gradient(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None:
+    """Counterpart of Apex's fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32.
+
+    Args:
+        inputs: [T, in] of a linear layer.
+        grad: [T, out] of its outputs.
+        main_grad: [out, in] fp32, to be added to.
+    """
+    kernel = _mindspeed_matmul_add()
+    if kernel is None or inputs.dtype == torch.float32:
+        main_grad.addmm_(grad.t().to(main_grad.dtype), inputs.to(main_grad.dtype))
+    else:
+        kernel(inputs, grad, main_grad)
 
 
 def npu_is_available() -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r2vpo_megatron.device.host_copies import copy_to_device
 from r2vpo_megatron.models.attention import pack_sequences
 from r2vpo_megatron.parallel.context import context_positions
 from r2vpo_megatron.records import PackedBatch
@@ -78,7 +79,7 @@ class MicroBatch:
         places = np.cumsum(batch.response_mask)[responses] - 1
 
         def move(array: Any) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            return copy_to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
         tokens = ResponseTokens(
             behavior_logprobs=move(batch.behavior_logprobs[responses]),

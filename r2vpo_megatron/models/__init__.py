@@ -2,8 +2,8 @@
 
     architecture.py  what an architecture file states       spec.py   config.json -> ModelSpec
     pangu.py qwen2.py llama.py  one architecture each        build.py  ModelSpec -> PolicyModel
-    attention.py norm.py rotary.py swiglu.py    parts that Megatron's local spec lacks on every
-                                platform, or has only as a fused CUDA kernel
+    attention.py norm.py rotary.py    parts that Megatron's local spec lacks on every platform, or
+                                has only as a fused CUDA kernel; their kernels are the platform's
     policy_model.py             the decoder without its LM head
 
 This file and spec.py do not import torch or Megatron.

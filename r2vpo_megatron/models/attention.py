@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from r2vpo_megatron.device.base import SequenceLayout
-from r2vpo_megatron.models.rotary import apply_rotary
+from r2vpo_megatron.device.base import Platform, SequenceLayout
+from r2vpo_megatron.device.host_copies import copy_to_device
 from r2vpo_megatron.parallel.context import context_pieces, context_positions, gathered_places
-
-PackedAttention = Callable[[Tensor, Tensor, Tensor, SequenceLayout], Tensor]
 
 
 @dataclass
@@ -71,7 +69,7 @@ def pack_sequences(
             pieces.query_offsets.tolist(), device, pieces.key_offsets.tolist()
         )
         places = gathered_places(pieces.key_positions, num_tokens, context_size)
-        key_places = torch.from_numpy(places).to(device, non_blocking=True)
+        key_places = copy_to_device(torch.from_numpy(places), device)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=layout.query_offsets_device,
@@ -84,7 +82,7 @@ def pack_sequences(
 
 
 class PackedCoreAttention(nn.Module):
-    """RoPE, then causal attention inside each sequence of the pack, by the platform's kernel.
+    """RoPE, then causal attention inside each sequence of the pack, by the platform's kernels.
 
     Megatron's DotProductAttention knows no packs. Its SelfAttention calls this with q, k and v
     of this TP rank's heads and with RoPE left out (position_embedding_type "none").
@@ -96,12 +94,12 @@ class PackedCoreAttention(nn.Module):
     def __init__(
         self,
         *,
-        packed_attention: PackedAttention,
+        platform: Platform,
         context_group: dist.ProcessGroup,
         **megatron_arguments: Any,
     ) -> None:
         super().__init__()
-        self.packed_attention = packed_attention
+        self.platform = platform
         self.context_group = context_group
 
     def forward(
@@ -131,11 +129,11 @@ class PackedCoreAttention(nn.Module):
         packed = packed_seq_params
         assert packed.layout is not None
         assert packed.rotary_cos is not None and packed.rotary_sin is not None
-        query = apply_rotary(query, packed.rotary_cos, packed.rotary_sin)
-        key = apply_rotary(key, packed.rotary_cos, packed.rotary_sin)
+        query = self.platform.apply_rotary(query, packed.rotary_cos, packed.rotary_sin)
+        key = self.platform.apply_rotary(key, packed.rotary_cos, packed.rotary_sin)
         if packed.key_places is not None:
             key, value = self._gather_keys(key, value, packed.key_places)
-        return self.packed_attention(query, key, value, packed.layout).flatten(1)
+        return self.platform.packed_attention(query, key, value, packed.layout).flatten(1)
 
     def _gather_keys(self, key: Tensor, value: Tensor, places_K: Tensor) -> tuple[Tensor, Tensor]:
         """[K, kv_heads / TP, head_dim] keys and values of this rank's pieces, in one transfer."""

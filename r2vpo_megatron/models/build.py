@@ -32,7 +32,6 @@ from r2vpo_megatron.models.norm import RMSNorm
 from r2vpo_megatron.models.pipeline import layers_of_chunks
 from r2vpo_megatron.models.policy_model import PolicyModel
 from r2vpo_megatron.models.spec import ModelSpec, validate_layout
-from r2vpo_megatron.models.swiglu import swiglu
 from r2vpo_megatron.parallel.state import ParallelState
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -111,7 +110,7 @@ def _decoder_fields(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
         "layernorm_epsilon": spec.norm_eps,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
-        "use_te_activation_func": True,  # the layer spec's, which is ours, not TE's
+        "use_te_activation_func": True,  # the layer spec's, which is the platform's, not TE's
         "add_bias_linear": False,
         "add_qkv_bias": spec.qkv_bias,
         "hidden_dropout": 0.0,
@@ -163,7 +162,7 @@ def layer_spec(
     """One decoder layer: Megatron's own classes, but for norm, core attention and o_proj."""
     core_attention = functools.partial(
         PackedCoreAttention,
-        packed_attention=platform.packed_attention,
+        platform=platform,
         context_group=state.context_group,
     )
     attention = ModuleSpec(
@@ -182,7 +181,8 @@ def layer_spec(
         submodules=MLPSubmodules(
             linear_fc1=ColumnParallelLinear,
             linear_fc2=RowParallelLinear,
-            activation_func=swiglu,
+            # Megatron takes a plain function as it is, and would build anything else.
+            activation_func=lambda gate_up: platform.swiglu(gate_up),
         ),
     )
     return ModuleSpec(
@@ -238,7 +238,9 @@ def build_model(
         dtype=dtype,
     )
     held = _chunks(spec, state)[state.pipeline_rank :: state.pipeline_size]
-    norm = ModuleSpec(module=RMSNorm, params={"device": state.device})
+    norm = ModuleSpec(
+        module=RMSNorm, params={"device": state.device, "rms_norm": platform.rms_norm}
+    )
     layer = layer_spec(spec, state, platform, norm)
     chunks = [
         PolicyModel(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -30,33 +28,3 @@ def rotary_table(
     angles = torch.outer(position_ids.float(), frequencies)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2) of x [T, heads, head_dim]; no gradient to the table."""
-    rotated: Tensor = _Rotary.apply(x, cos, sin)
-    return rotated
-
-
-class _Rotary(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back; nothing but the table is kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, -1.0), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    half_sin = sin.chunk(2, dim=-1)[0]
-    rotated = x * cos
-    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
-    rotated_first.addcmul_(second, half_sin, value=-direction)
-    rotated_second.addcmul_(first, half_sin, value=direction)
-    return rotated

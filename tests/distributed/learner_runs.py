@@ -24,7 +24,7 @@ from r2vpo_megatron.config import (
     RunConfig,
 )
 from r2vpo_megatron.data.packing import pack_trajectories
-from r2vpo_megatron.device import get_platform
+from r2vpo_megatron.device import Platform, get_platform
 from r2vpo_megatron.models.spec import read_model_spec
 from r2vpo_megatron.parallel.state import ParallelState, initialize_parallel
 from r2vpo_megatron.records import PackedBatch, Trajectory
@@ -125,11 +125,15 @@ def make_trajectories(
 
 
 def start_state(
-    rank: int, world_size: int, init_method: str, parallel: ParallelConfig
+    rank: int,
+    world_size: int,
+    init_method: str,
+    parallel: ParallelConfig,
+    platform: Platform | None = None,
 ) -> ParallelState:
-    """Join the process group as LearnerWorker does."""
+    """Join the process group as LearnerWorker does; by default on the CPU."""
     return initialize_parallel(
-        get_platform("cpu"),
+        platform or get_platform("cpu"),
         rank=rank,
         world_size=world_size,
         tensor=parallel.tensor,
@@ -142,11 +146,13 @@ def start_state(
     )
 
 
-def make_actor(config: RunConfig, model_dir: Path, state: ParallelState) -> Any:
-    """This rank's learner."""
+def make_actor(
+    config: RunConfig, model_dir: Path, state: ParallelState, platform: Platform | None = None
+) -> Any:
+    """This rank's learner; by default on the CPU."""
     from r2vpo_megatron.learner.megatron_actor import MegatronActor
 
-    return MegatronActor(config, model_dir, state, get_platform("cpu"))
+    return MegatronActor(config, model_dir, state, platform or get_platform("cpu"))
 
 
 def start_actor(
@@ -179,6 +185,7 @@ def learn(
     model_dir: Path,
     state: ParallelState,
     mini_batches: Sequence[Sequence[Trajectory]],
+    platform: Platform | None = None,
 ) -> Learned:
     """One update for each mini-batch, lambda moved as the loop moves it. Collective.
 
@@ -193,7 +200,7 @@ def learn(
         minimum=algorithm.ratio_penalty_min,
         maximum=algorithm.ratio_penalty_max,
     )
-    actor = make_actor(config, model_dir, state)
+    actor = make_actor(config, model_dir, state, platform)
     penalty = algorithm.ratio_penalty
     metrics, penalties = [], [penalty]
     with recorded_gradients(model_dir, state) as gradients:

@@ -6,6 +6,8 @@ import importlib.util
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,13 @@ from r2vpo_megatron.device.base import (
     SequenceLayout,
     attention_per_sequence,
     tensor_types_named_cuda,
+)
+from r2vpo_megatron.models.rotary import inverse_frequencies, rotary_table
+from tests.device_fakes import (
+    FakeFlashAttn,
+    FakeTorchNpu,
+    flagged_varlen_attn,
+    windowed_varlen_attn,
 )
 
 CPU = torch.device("cpu")
@@ -88,94 +97,77 @@ def test_npu_without_torch_npu_says_so_in_one_line() -> None:
         platform.packed_attention(query, query, query, SequenceLayout.of([0, 2], CPU))
 
 
-def documented_npu_fusion_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    head_num: int,
-    input_layout: str,
-    *,
-    atten_mask: torch.Tensor | None = None,
-    scale: float = 1.0,
-    keep_prob: float = 1.0,
-    sparse_mode: int = 0,
-    actual_seq_qlen: list[int],
-    actual_seq_kvlen: list[int],
-) -> tuple[torch.Tensor]:
-    """What torch_npu documents of the TND layout; masks other than the compressed causal fail."""
-    assert input_layout == "TND" and head_num == query.shape[1] and keep_prob == 1.0
-    for ends, tokens in ((actual_seq_qlen, query), (actual_seq_kvlen, key)):
-        assert isinstance(ends, list) and all(isinstance(end, int) for end in ends)
-        assert ends[0] > 0 and ends[-1] == len(tokens)  # cumulative, without a leading 0
-    assert atten_mask is not None  # without it sparse_mode has no effect
-    assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
-    is_lower_right = {2: False, 3: True}[sparse_mode]
-    query_offsets, key_offsets = [0, *actual_seq_qlen], [0, *actual_seq_kvlen]
-    return (dense(query, key, value, query_offsets, key_offsets, scale, is_lower_right),)
-
-
 def test_npu_kernel_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = types.SimpleNamespace(npu_fusion_attention=documented_npu_fusion_attention)
-    monkeypatch.setitem(sys.modules, "torch_npu", fake)  # type: ignore[arg-type]
+    fake = FakeTorchNpu()
+    monkeypatch.setitem(sys.modules, "torch_npu", fake)
     for query_offsets, key_offsets in PACKS:
-        query, key, value = pack_of(query_offsets, key_offsets or query_offsets, torch.bfloat16)
+        inputs = pack_of(query_offsets, key_offsets or query_offsets, torch.float32)
         layout = SequenceLayout.of(query_offsets, CPU, key_offsets)
-        output = get_platform("npu").packed_attention(query, key, value, layout)
-        expected = dense(query, key, value, query_offsets, key_offsets or query_offsets)
-        torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="1025 sequences .* at most 1024"):
-        get_platform("npu").packed_attention(query, key, key, SequenceLayout.of(range(1026), CPU))
+        assert_same_values_and_gradients(
+            lambda *qkv, layout=layout: get_platform("npu").packed_attention(*qkv, layout),
+            lambda *qkv, layout=layout: attention_per_sequence(*qkv, layout),
+            inputs,
+        )
+    assert fake.calls["npu_fusion_attention"] == len(PACKS)
 
 
-def documented_flash_attn_varlen_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-) -> torch.Tensor:
-    """What flash-attn 2.1 and later document; KV heads are grouped, causal is bottom-right."""
-    assert causal and dropout_p == 0.0 and softmax_scale is None
-    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+@pytest.mark.parametrize(("num_pieces", "num_calls"), [(1024, 1), (1025, 2), (2100, 3)])
+def test_npu_takes_packs_of_more_sequences_than_a_call(
+    num_pieces: int, num_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeTorchNpu()
+    monkeypatch.setitem(sys.modules, "torch_npu", fake)
+    random = np.random.default_rng(num_pieces)
+    query_lengths = random.integers(1, 3, num_pieces)
+    key_lengths = query_lengths + random.integers(0, 2, num_pieces)
+    query_offsets, key_offsets = (
+        [0, *lengths.cumsum().tolist()] for lengths in (query_lengths, key_lengths)
+    )
+    layout = SequenceLayout.of(query_offsets, CPU, key_offsets)
+    assert_same_values_and_gradients(
+        lambda *qkv: get_platform("npu").packed_attention(*qkv, layout),
+        lambda *qkv: attention_per_sequence(*qkv, layout),
+        pack_of(query_offsets, key_offsets, torch.float32),
+    )
+    assert fake.calls["npu_fusion_attention"] == num_calls
 
 
-def windowed_varlen_attn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """torch.nn.attention.varlen.varlen_attn as later torch has it."""
-    assert window_size == (-1, 0) and scale is None
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+@pytest.mark.parametrize("name", ["npu", "cuda"])
+def test_kernels_of_the_layers_equal_plain_torch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeTorchNpu()
+    monkeypatch.setitem(sys.modules, "torch_npu", fake)
+    platform, cpu = get_platform(name), get_platform("cpu")
+    torch.manual_seed(0)
+    x, weight, gate_up = torch.randn(5, 1, 16), torch.randn(16), 3 * torch.randn(5, 1, 24)
+    assert_same_values_and_gradients(
+        lambda x, w: platform.rms_norm(x, w, 1e-3),
+        lambda x, w: cpu.rms_norm(x, w, 1e-3),
+        [x, weight],
+    )
+    assert_same_values_and_gradients(platform.swiglu, cpu.swiglu, [gate_up])
+    table = rotary_table(torch.tensor([0, 1, 2, 0, 700]), inverse_frequencies(8, 1e4), x.dtype)
+    # As Megatron gives them: heads cut out of one projection.
+    heads = torch.randn(5, 6, 24)
+    assert_same_values_and_gradients(
+        lambda x: platform.apply_rotary(x[..., 8:16], *table),
+        lambda x: cpu.apply_rotary(x[..., 8:16], *table),
+        [heads],
+    )
+    used = {"npu_rms_norm": 1, "npu_swiglu": 1, "npu_rotary_mul": 2}  # the last one turns back
+    assert fake.calls == (used if name == "npu" else {})
 
 
-def flagged_varlen_attn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    is_causal: bool = False,
-) -> torch.Tensor:
-    """The same in torch 2.10, which knows no grouped KV heads."""
-    assert is_causal and query.shape[1] == key.shape[1]
-    return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+def assert_same_values_and_gradients(one: Any, other: Any, inputs: Sequence[torch.Tensor]) -> None:
+    results = []
+    for function in (one, other):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        value = function(*leaves)
+        probe = torch.cos(torch.arange(value.numel(), dtype=value.dtype)).view_as(value)
+        results.append([value.detach(), *torch.autograd.grad((value * probe).sum(), leaves)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("kernel", ["flash_attn", "window", "flag"])
@@ -184,14 +176,14 @@ def test_cuda_kernels_are_called_as_documented(
 ) -> None:
     from r2vpo_megatron.device import cuda
 
-    flash = types.SimpleNamespace(flash_attn_varlen_func=documented_flash_attn_varlen_func)
+    flash = FakeFlashAttn()
     varlen_attn = windowed_varlen_attn if kernel == "window" else flagged_varlen_attn
     torch_varlen = types.SimpleNamespace(varlen_attn=varlen_attn)
-    installed = {"flash_attn": flash} if kernel == "flash_attn" else {}
+    installed: dict[str, Any] = {"flash_attn": flash} if kernel == "flash_attn" else {}
     installed["torch.nn.attention.varlen"] = torch_varlen
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed.get(name))
     for name, module in installed.items():
-        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, name, module)
     cuda._signature_of_varlen_attn.cache_clear()
     try:
         for query_offsets, key_offsets in PACKS:
@@ -199,9 +191,10 @@ def test_cuda_kernels_are_called_as_documented(
             layout = SequenceLayout.of(query_offsets, CPU, key_offsets)
             output = get_platform("cuda").packed_attention(query, key, value, layout)
             expected = dense(query, key, value, query_offsets, key_offsets or query_offsets)
-            torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
+            assert torch.equal(output, expected.bfloat16())
     finally:
         cuda._signature_of_varlen_attn.cache_clear()
+    assert flash.calls["flash_attn_varlen_func"] == (len(PACKS) if kernel == "flash_attn" else 0)
 
 
 # Offsets of queries and, where they differ, of keys: whole sequences, and pieces of some.
@@ -225,30 +218,12 @@ def pack_of(
     return query, key, value
 
 
-def varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
-    longest_query: int,
-    longest_key: int,
-) -> torch.Tensor:
-    """The contract of CUDA's kernels for packs: int32 offsets on the device, true maxima."""
-    assert query.dtype in (torch.float16, torch.bfloat16)
-    assert query_offsets.dtype == key_offsets.dtype == torch.int32
-    assert longest_query == query_offsets.diff().max() and longest_key == key_offsets.diff().max()
-    return dense(query, key, value, query_offsets.tolist(), key_offsets.tolist())
-
-
 def dense(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     query_offsets: list[int],
     key_offsets: list[int],
-    scale: float = 8**-0.5,
-    is_lower_right: bool = True,
 ) -> torch.Tensor:
     """Softmax over an explicit causal mask of each piece, in float64."""
     group = query.shape[1] // key.shape[1]
@@ -257,8 +232,8 @@ def dense(
     blocks = []
     for queries, keys in zip(np.diff(query_offsets), np.diff(key_offsets), strict=True):
         block = torch.ones(int(queries), int(keys), dtype=torch.bool)
-        blocks.append(block.tril(int(keys - queries) if is_lower_right else 0))
-    scores = (q @ k.transpose(1, 2) * scale).masked_fill(
+        blocks.append(block.tril(int(keys - queries)))
+    scores = (q @ k.transpose(1, 2) * 8**-0.5).masked_fill(
         ~torch.block_diag(*blocks).bool(), float("-inf")
     )
     return (scores.softmax(-1) @ v).transpose(0, 1)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from r2vpo_megatron.device.base import SequenceLayout, attention_per_sequence
+from r2vpo_megatron.device.layer_functions import apply_rotary, rms_norm, swiglu
 from r2vpo_megatron.models.norm import RMSNorm
-from r2vpo_megatron.models.rotary import apply_rotary, inverse_frequencies, rotary_table
-from r2vpo_megatron.models.swiglu import swiglu
+from r2vpo_megatron.models.rotary import inverse_frequencies, rotary_table
 
 
 def _assert_same_values_and_gradients(ours, plain, inputs: list[Tensor]) -> None:
@@ -76,7 +76,7 @@ def test_attention_of_a_pack_is_masked_attention_of_the_whole():
 
 def test_rms_norm_divides_by_the_root_mean_square():
     config = SimpleNamespace(params_dtype=torch.float64, sequence_parallel=False)
-    norm = RMSNorm(config, 12, 1e-3, device=torch.device("cpu"))
+    norm = RMSNorm(config, 12, 1e-3, device=torch.device("cpu"), rms_norm=rms_norm)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return torch.func.functional_call(norm, {"weight": weight}, (x,))
@@ -89,7 +89,7 @@ def test_rms_norm_divides_by_the_root_mean_square():
 
 def test_rms_norm_in_bfloat16_rounds_the_quotient_before_the_weight():
     config = SimpleNamespace(params_dtype=torch.bfloat16, sequence_parallel=False)
-    norm = RMSNorm(config, 64, 1e-6, device=torch.device("cpu"))
+    norm = RMSNorm(config, 64, 1e-6, device=torch.device("cpu"), rms_norm=rms_norm)
     norm.weight.data.copy_(_random(64))
     x = _random(32, 64).bfloat16()
     rms = (x.float().square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
