@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2vpo_megatron.device import PLATFORMS, get_platform
 from r2vpo_megatron.device.base import (
@@ -195,6 +197,34 @@ def test_cuda_kernels_are_called_as_documented(
     finally:
         cuda._signature_of_varlen_attn.cache_clear()
     assert flash.calls["flash_attn_varlen_func"] == (len(PACKS) if kernel == "flash_attn" else 0)
+
+
+class _SeenCalls(TorchDispatchMode):
+    """Arguments of torch's operators by name, and beside them what comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, dict[str, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = [argument.name for argument in func._schema.arguments]
+        seen = dict(zip(names, args, strict=False)) | (kwargs or {})
+        self.calls[func._schema.name] = seen
+        return func(*args, **(kwargs or {}))
+
+
+def test_this_torchs_varlen_attention_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode(), _SeenCalls() as seen, torch.no_grad():
+        query, key = (torch.empty(9, n, 8, dtype=torch.bfloat16, device=device) for n in (6, 2))
+        layout = SequenceLayout.of([0, 4, 9], device)
+        output = get_platform("cuda").packed_attention(query, key, key, layout)
+    assert output.device == device and output.shape == query.shape
+    call = seen.calls["torch_attn::_varlen_attn"]
+    assert call["is_causal"] and call["enable_gqa"] and list(call["window_size"]) == [-1, 0]
+    assert (call["max_q"], call["max_k"]) == (5, 5) and call["cu_seq_q"].device == device
 
 
 # Offsets of queries and, where they differ, of keys: whole sequences, and pieces of some.
