@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from r2vpo_megatron.rollout.weight_transfer import BACKEND_NAME
 
 # vLLM's own choice on a CPU for models with a short context.
 MIN_TOKENS_PER_STEP = 4096
+PLUGINS = ("openpangu", "r2vpo_weight_transfer")  # this package's entry points, see setup.cfg
 WORKER_EXTENSION = "r2vpo_megatron.rollout.worker_extension.WeightPushExtension"
 
 
@@ -33,6 +35,9 @@ def engine_environment(device_name: str, num_threads: int = 1) -> dict[str, str]
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if "VLLM_PLUGINS" in os.environ:  # a list leaves out all others, in TP workers too
+        listed = os.environ["VLLM_PLUGINS"].split(",")
+        environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*filter(None, listed), *PLUGINS]))
     by_device = {
         # Without PASSIVE, idle OpenMP threads spin and starve the other processes of a busy
         # machine (ten times slower). Without nobind, vLLM claims cores that learners use.
@@ -48,7 +53,8 @@ def engine_environment(device_name: str, num_threads: int = 1) -> dict[str, str]
             "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "60",
         },
         "cuda": {},
-        # The NZ layout of vllm-ascend would have to be converted back at every weight push.
+        # The NZ layout of vllm-ascend would have to be converted back at every weight push; 0.23
+        # refuses a push where this variable does not switch it off.
         "npu": {"VLLM_ASCEND_ENABLE_NZ": "0"},
     }
     return environment | _for_device(by_device, device_name)
@@ -74,7 +80,8 @@ def _platform_arguments(device_name: str, max_model_len: int, max_num_seqs: int)
             "max_num_batched_tokens": max(max_model_len + max_num_seqs, MIN_TOKENS_PER_STEP),
         },
         "cuda": {"enforce_eager": False},
-        "npu": {"enforce_eager": True},
+        # The NZ layout again, as versions of vllm-ascend spell it that no longer read the variable.
+        "npu": {"enforce_eager": True, "additional_config": {"weight_nz_mode": 0}},
     }
     return _for_device(by_device, device_name)
 

@@ -64,6 +64,9 @@ class BucketWeightTransferEngine(WeightTransferEngine):
     def __init__(self, config: Any, *arguments: Any) -> None:
         """Take what this vLLM passes; the model comes last in every version."""
         super().__init__(config, *arguments)
+        # Of vLLM 0.23, on which the pinned vllm-ascend stands: not the engine, but the worker puts
+        # layers into checkpoint format and back.
+        self.worker_reloads = len(arguments) == 2
         self.model: Any = arguments[-1]
         self._link: Any = None
         self._is_reloading = False

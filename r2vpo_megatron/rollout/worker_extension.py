@@ -6,6 +6,7 @@ tensor-parallel rank, and `LLM.collective_rpc` calls its methods by name on all 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,13 +19,18 @@ class WeightPushExtension:
     # Provided by vLLM's worker.
     vllm_config: Any
     weight_transfer_engine: Any
+    _weight_update_active: bool
+    finish_weight_update: Callable[[], None]
 
     def abandon_weight_push(self) -> None:
         """Leave a half-received push, if there is one; vLLM can only finish it."""
         from vllm.config import set_current_vllm_config
 
         with set_current_vllm_config(self.vllm_config):
-            self.weight_transfer_engine.abandon()
+            if self.weight_transfer_engine.worker_reloads and self._weight_update_active:
+                self.finish_weight_update()  # a layer left half-loaded would count towards the next
+            else:
+                self.weight_transfer_engine.abandon()
         self._weight_update_active = False
 
     def take_weight_push_report(self) -> WorkerReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from r2vpo_megatron.rollout.engine_settings import engine_arguments, engine_environment
+from r2vpo_megatron.rollout.engine_settings import (
+    PLUGINS,
+    engine_arguments,
+    engine_environment,
+)
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 from r2vpo_megatron.rollout.vllm_engine import VLLMEngine, checkpoint_tensor_names
 
@@ -55,6 +60,33 @@ def test_an_unknown_device_is_refused() -> None:
         engine_environment("tpu")
     assert engine_environment("cpu", num_threads=3)["OMP_NUM_THREADS"] == "3"
     assert "OMP_NUM_THREADS" not in engine_environment("npu")
+
+
+def test_a_list_of_plug_ins_gets_those_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert "VLLM_PLUGINS" not in engine_environment("npu")  # vLLM then loads all
+    monkeypatch.setenv("VLLM_PLUGINS", "ascend,openpangu")
+    assert engine_environment("npu")["VLLM_PLUGINS"] == "ascend,openpangu,r2vpo_weight_transfer"
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).resolve().parents[2] / "setup.cfg")
+    announced = setup["options.entry_points"]["vllm.general_plugins"].strip().splitlines()
+    assert tuple(line.split("=")[0].strip() for line in announced) == PLUGINS
+
+
+def test_the_nz_layout_is_off_however_it_is_asked_for() -> None:
+    assert engine_environment("npu")["VLLM_ASCEND_ENABLE_NZ"] == "0"
+    arguments = engine_arguments(
+        Path("model"),
+        dtype="bfloat16",
+        max_model_len=64,
+        kv_cache_bytes=1 << 20,
+        memory_fraction=None,
+        max_num_seqs=4,
+        tensor_parallel=1,
+        seed=3,
+        device_name="npu",
+    )
+    assert arguments["additional_config"] == {"weight_nz_mode": 0}
 
 
 @pytest.mark.parametrize("device_name", ["cuda", "npu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from r2vpo_megatron.rollout.weight_transfer import register_weight_transfer
 from r2vpo_megatron.rollout.weight_updates import WeightTransferInterrupted
+from r2vpo_megatron.rollout.worker_extension import WeightPushExtension
 
 MODULE = "r2vpo_megatron.rollout.weight_transfer_engine"
 PARALLEL = types.SimpleNamespace(rank=1)
@@ -151,3 +153,32 @@ def test_the_plug_in_may_be_registered_any_number_of_times(fake_vllm: Any) -> No
     register_weight_transfer()
     register_weight_transfer()
     assert fake_vllm.factory._registry == {"r2vpo": (MODULE, "BucketWeightTransferEngine")}
+
+
+@pytest.mark.parametrize(
+    ("version", "is_active", "expected"),
+    [
+        ("0.23", True, ["worker finishes"]),
+        ("0.23", False, ["engine abandons"]),
+        ("0.32", True, ["engine abandons"]),
+    ],
+)
+def test_a_half_received_push_is_left_by_who_began_the_reload(
+    fake_vllm: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    is_active: bool,
+    expected: list[str],
+) -> None:
+    config = types.ModuleType("vllm.config")
+    config.set_current_vllm_config = lambda config: contextlib.nullcontext()  # type: ignore
+    monkeypatch.setitem(sys.modules, "vllm.config", config)
+    log: list[str] = []
+    _, engine, _ = make_engine(fake_vllm, version)
+    engine.abandon = lambda: log.append("engine abandons")
+    worker = WeightPushExtension()
+    worker.vllm_config, worker.weight_transfer_engine = None, engine
+    worker._weight_update_active = is_active
+    worker.finish_weight_update = lambda: log.append("worker finishes")
+    worker.abandon_weight_push()
+    assert log == expected and worker._weight_update_active is False
