@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from r2vpo_megatron.config import ParallelConfig
@@ -56,7 +57,10 @@ class _CudaMeansNpu(TorchFunctionMode):
 
 
 class _CopiesToHost(TorchDispatchMode):
-    """Notes what goes from the device to the host, and what from there by a way that waits."""
+    """Notes what goes between host and device, and what of it waits.
+
+    What is of float64 must be on the host: an NPU's own cores do not compute in it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +70,9 @@ class _CopiesToHost(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.dtype == torch.float64:
+                assert leaf.device.type == "cpu", f"{func} in float64 on {leaf.device}"
         if func._schema.name == "aten::_to_copy" and args[0].device != result.device:
             way = f"{args[0].device.type} to {result.device.type}"
             waits = "" if kwargs.get("non_blocking") else ", waiting"
@@ -183,10 +190,12 @@ def run_micro_batches(platform: Platform, parallel: ParallelConfig) -> dict[str,
     from r2vpo_megatron.learner.micro_batch import MicroBatch
     from r2vpo_megatron.models.build import build_model
     from r2vpo_megatron.models.spec import ModelSpec
+    from r2vpo_megatron.parallel.collectives import _as_rows, _merge_rows
     from r2vpo_megatron.parallel.context import sum_over_context
     from r2vpo_megatron.parallel.state import initialize_parallel
     from r2vpo_megatron.rl.loss import LossSettings
     from r2vpo_megatron.rl.objectives import OBJECTIVES
+    from r2vpo_megatron.rl.statistics import excess_quantiles
 
     with _groups_of_one_process():
         state = initialize_parallel(
@@ -269,6 +278,12 @@ def run_micro_batches(platform: Platform, parallel: ParallelConfig) -> dict[str,
         with torch.no_grad():
             logprobs = run(logprob_step(head), True)
         kept = run(policy_step(head, settings, checks), False)
+        micro_batches = dict(copies.seen)
+        # As reduce_statistics does, but for its collectives, once an update.
+        rows = torch.cat(
+            [_merge_rows(_as_rows(kept)), excess_quantiles(torch.cat([k.excess for k in kept]))]
+        )
+        assert rows.dtype == torch.float64
     devices = {value.device.type for part in logprobs for value in part.values()}
     devices |= {
         value.device.type
@@ -279,7 +294,7 @@ def run_micro_batches(platform: Platform, parallel: ParallelConfig) -> dict[str,
     gradients = [parameter.main_grad for parameter in models[0].parameters()]
     return {
         "devices": sorted(devices | {gradient.device.type for gradient in gradients}),
-        "copies": dict(copies.seen),
+        "copies": micro_batches,
         "pinned": len(pinned),
         "gradients": len(gradients),
     }

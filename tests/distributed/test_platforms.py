@@ -221,13 +221,13 @@ def test_a_float32_step_equals_the_cpus(path: str, layout: str, run: Any) -> Non
     logprobs, wanted = all_logprobs(results), all_logprobs(expected)
     assert set(logprobs) == set(wanted) and len(wanted) == 11
     for name, values in wanted.items():
-        np.testing.assert_allclose(logprobs[name], values, atol=5e-6, rtol=0)
+        np.testing.assert_allclose(logprobs[name], values, atol=3e-6, rtol=0)
     one, other = results[0].learned, expected[0].learned
     for gradients, others in zip(one.gradients, other.gradients, strict=True):
-        assert relative_error(as_vector(gradients), as_vector(others)) < 4e-6
+        assert relative_error(as_vector(gradients), as_vector(others)) < 2e-6
         for name, gradient in others.items():
             assert relative_error(gradients[name], gradient) < 6e-6, name
-    assert relative_error(as_vector(one.weights), as_vector(other.weights)) < 4e-7
+    assert relative_error(as_vector(one.weights), as_vector(other.weights)) < 5e-8
     assert one.ratio_penalties == pytest.approx(other.ratio_penalties, rel=2e-6)
 
 
@@ -245,13 +245,22 @@ def test_a_bf16_step_is_as_far_from_float64_as_the_cpus(
         "cuda_varlen": {"varlen_attn"},
     }[path]
     assert {kernel for kernel in result.calls if result.calls[kernel]} - {"reductions"} == kernels
-    for update, gradients in enumerate(reference.gradients):
-        rounding = relative_error(as_vector(cpu.learned.gradients[update]), as_vector(gradients))
-        assert 1e-4 < rounding < 0.05
-        error = relative_error(as_vector(result.learned.gradients[update]), as_vector(gradients))
-        assert error < 1.5 * rounding
+    # Over the updates: the rounding of a single one is luck.
+    error, rounding = (
+        np.sqrt(
+            np.mean(
+                [
+                    relative_error(as_vector(mine), as_vector(exact)) ** 2
+                    for mine, exact in zip(learned.gradients, reference.gradients, strict=True)
+                ]
+            )
+        )
+        for learned in (result.learned, cpu.learned)
+    )
+    assert 1e-3 < rounding < 0.03
+    assert error < 1.5 * rounding
     for name, values in all_logprobs([cpu]).items():
-        np.testing.assert_allclose(all_logprobs([result])[name], values, atol=0.06, rtol=0)
+        np.testing.assert_allclose(all_logprobs([result])[name], values, atol=0.03, rtol=0)
 
 
 def refused_by_hccl(rank: int, world_size: int, init_method: str) -> list[str]:
