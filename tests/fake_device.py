@@ -5,7 +5,9 @@ do not meet unnoticed, and nothing can be read back: a stray tensor on the host 
 a read that would make the host wait for the device. A process that called `make_device` is of no
 use for anything else.
 
-    python -m tests.fake_device npu|cuda TENSOR CONTEXT [FAULT]    prints what was done, as JSON
+    python -m tests.fake_device npu|cuda:TENSOR:CONTEXT[:FAULT] ...
+
+prints what was done, a line of JSON for each case.
 
 The device has the name "npu" on either path. CPU builds of torch can make one up whose tensors
 have gradients only under the name for devices of others.
@@ -37,6 +39,7 @@ from r2vpo_megatron.device import Platform
 from r2vpo_megatron.device import cpu as stand_ins
 from r2vpo_megatron.device.cuda import CudaPlatform
 from r2vpo_megatron.device.npu import NpuPlatform
+from r2vpo_megatron.parallel.state import destroy_parallel
 from tests.device_fakes import FakeFlashAttn, FakeTorchNpu, install
 from tests.distributed.learner_runs import make_trajectories
 
@@ -304,26 +307,40 @@ def run_micro_batches(platform: Platform, parallel: ParallelConfig) -> dict[str,
 _FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "stray": lambda x: x * torch.ones(x.shape[-1], dtype=x.dtype),
     "read": lambda x: x * float(x.detach().amax()),
+    "float64": lambda x: x.double().to(x.dtype),
 }
+
+
+def _run_case(case: str) -> dict[str, Any]:
+    name, tensor, context, *faults = case.split(":")
+    parallel = ParallelConfig(
+        tensor=int(tensor),
+        context=int(context),
+        sequence_parallel=int(tensor) > 1,
+        recompute="full",
+    )
+    platform = NpuOfFakes() if name == "npu" else CudaOfFakes()
+    if faults:
+        plain, spoil = platform.swiglu, _FAULTS[faults[0]]
+        platform.swiglu = lambda gate_up: spoil(plain(gate_up))  # type: ignore[method-assign]
+    try:
+        return run_micro_batches(platform, parallel)
+    except (AssertionError, RuntimeError) as error:
+        return {"error": repr(error)}
+    finally:
+        destroy_parallel()
 
 
 def main() -> None:
     """See the module's text."""
-    name, tensor, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    parallel = ParallelConfig(
-        tensor=tensor, context=context, sequence_parallel=tensor > 1, recompute="full"
-    )
     make_device()
     flash = FakeFlashAttn()
     flash.flash_attn_varlen_func = _flash  # type: ignore[method-assign, assignment]
     install(flash)
     install(_KernelsOfFakes())
-    platform = NpuOfFakes() if name == "npu" else CudaOfFakes()
-    if len(sys.argv) > 4:
-        plain, spoil = platform.swiglu, _FAULTS[sys.argv[4]]
-        platform.swiglu = lambda gate_up: spoil(plain(gate_up))  # type: ignore[method-assign]
     with FakeTensorMode(), _CudaMeansNpu():
-        print(json.dumps(run_micro_batches(platform, parallel)))
+        for case in sys.argv[1:]:
+            print(json.dumps(_run_case(case)))
 
 
 if __name__ == "__main__":
