@@ -61,7 +61,7 @@ def ray_session(config: RunConfig, resources: dict[str, int]) -> Iterator[None]:
             ray.init(**options, **_own_cluster(config, resources))
         terminate_by_exception()  # again: init installs a handler of its own
         _require_resources(resources)
-        with _naming_lost_daemons():
+        with _watching_daemons():
             yield
 
 
@@ -124,22 +124,35 @@ def _own_handler() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _naming_lost_daemons() -> Iterator[None]:
-    """Replace an error of the block by a DaemonLost, where a daemon that Ray started here is gone.
+def _watching_daemons() -> Iterator[None]:
+    """Raise DaemonLost in the block as soon as a daemon that Ray started here is gone.
 
-    Without one, Ray's own errors name its symptoms.
+    Without one, Ray waits for what will not come, or names symptoms of its own.
     """
     daemons = [child for child in psutil.Process().children() if child.name() in DAEMONS]
+
+    def look(signal_number: int = 0, frame: FrameType | None = None) -> None:
+        lost = [str(daemon.pid) for daemon in daemons if not _is_alive(daemon)]
+        if lost:
+            signal.signal(signal.SIGCHLD, before)  # once
+            raise DaemonLost(
+                f"a daemon of Ray on this node is gone (pid {', '.join(lost)}): it was killed, ran "
+                "out of memory or crashed"
+            )
+
+    before = signal.signal(signal.SIGCHLD, look)
     try:
         yield
+    except DaemonLost:
+        raise
     except Exception as error:
-        lost = [str(daemon.pid) for daemon in daemons if not _is_alive(daemon)]
-        if not lost:
-            raise
-        raise DaemonLost(
-            f"a daemon of Ray on this node is gone (pid {', '.join(lost)}): it was killed, ran out "
-            "of memory or crashed"
-        ) from error
+        try:
+            look()
+        except DaemonLost as lost:
+            raise lost from error
+        raise
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _is_alive(process: psutil.Process) -> bool:
