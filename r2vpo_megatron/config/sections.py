@@ -228,6 +228,9 @@ class RuntimeConfig:
     """Platform: auto, cpu, cuda or npu."""
     ray_address: str = ""
     """Address of a running Ray cluster; empty: start one on this machine for this run."""
+    node_groups: bool = False
+    """Keep ranks to nodes with Ray's resource `learner` and engines to those with `rollout`, one
+    for each device (ray_address only; slurm/ starts such a Ray)."""
     logprob_gap_alarm: float = 0.02
     """Mean absolute rollout/learner log-prob gap above which a warning is printed."""
     parity_samples: int = 4
@@ -242,6 +245,12 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require_choice("runtime.device", self.device, DEVICES)
+        require(
+            bool(self.ray_address) or not self.node_groups,
+            "runtime.node_groups",
+            self.node_groups,
+            "false unless runtime.ray_address names a Ray whose nodes have these resources",
+        )
         require(
             self.head_check_every_updates >= 0,
             "runtime.head_check_every_updates",

@@ -20,7 +20,11 @@ from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.data.packing import pack_trajectories, packing_statistics
 from r2vpo_megatron.orchestration.cluster import get_in_time, wait_for
 from r2vpo_megatron.orchestration.learner_worker import LearnerWorker
-from r2vpo_megatron.orchestration.placement import actor_options
+from r2vpo_megatron.orchestration.placement import (
+    LEARNER_GROUP,
+    actor_options,
+    rank_placements,
+)
 from r2vpo_megatron.records import FloatArray, Trajectory, UpdateResult
 from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
 from r2vpo_megatron.weight_sync.protocol import WeightBucket, WeightConnection
@@ -43,9 +47,10 @@ class LearnerGroup:
         self._timeout = config.runtime.timeout_seconds
         threads = {"OMP_NUM_THREADS": str(config.parallel.threads_per_rank)}
         worker = ray.remote(LearnerWorker)
+        options = actor_options(config, threads, group=LEARNER_GROUP)
         self._ranks = [
-            worker.options(**actor_options(config, threads)).remote(config, model_dir, rank)
-            for rank in range(config.parallel.num_ranks)
+            worker.options(**options, **place).remote(config, model_dir, rank)
+            for rank, place in enumerate(rank_placements(config))
         ]
         self._starts: list[Any] = []
         self._data_ranks: list[int] = []

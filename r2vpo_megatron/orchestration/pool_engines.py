@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import ray
 
 from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.orchestration.placement import actor_options
+from r2vpo_megatron.orchestration.placement import ROLLOUT_GROUP, actor_options
 from r2vpo_megatron.orchestration.rollout_worker import RolloutWorker
 from r2vpo_megatron.rollout.dispatch import EngineId
 from r2vpo_megatron.rollout.engine_settings import engine_environment
@@ -41,7 +41,9 @@ class RayEngine:
     def __init__(self, config: RunConfig, model_dir: Path) -> None:
         """Create the process; nothing is loaded in it yet."""
         environment = engine_environment(config.runtime.device, config.rollout.threads_per_engine)
-        options = actor_options(config, environment, config.rollout.tensor_parallel)
+        options = actor_options(
+            config, environment, config.rollout.tensor_parallel, group=ROLLOUT_GROUP
+        )
         worker = ray.remote(RolloutWorker)
         self._actor = worker.options(**options).remote(config, model_dir)
 
