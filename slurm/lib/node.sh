@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Ray's daemons on one node, as a step of the job: node.sh HOST IS_HEAD RESOURCES [NPUS]
+# Ray's daemons on one node, as a step of the job: node.sh HOST INDEX RESOURCES [NPUS]
 #
 # Ends when its standard input does (the job's script has closed it, or is no more), when Ray ends,
 # or on SIGTERM. Its own output is the node's log.
 set -euo pipefail
 
-host=$1 is_head=$2 resources=$3 npus=${4:-}
+host=$1 index=$2 resources=$3 npus=${4:-}
 LIB=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=slurm/lib/nodes.sh
 source "$LIB/nodes.sh"
@@ -14,7 +14,7 @@ read -ra container <<<"$CONTAINER"
 address=$(own_address) || { echo "$host: no IPv4 address${INTERFACE:+ on $INTERFACE}" >&2; exit 1; }
 
 # Of this job alone, and short: Ray's sockets in it may have 107 characters.
-scratch=/tmp/r2vpo-$SLURM_JOB_ID
+scratch=$SCRATCH_DIR/r2vpo-$SLURM_JOB_ID-$index
 rm -rf "$scratch"
 (umask 077 && mkdir "$scratch")
 export VLLM_HOST_IP=$address # engines would take the address of the default route
@@ -35,7 +35,7 @@ arguments=(
     --min-worker-port=$((port + 10)) --max-worker-port=$((port + RAY_NUM_PORTS - 1))
     --temp-dir="$scratch"
 )
-if ((is_head)); then
+if ((index == 0)); then
     arguments+=(--head --port="$port" --ray-client-server-port=$((port + 7)) --include-dashboard=false)
 else
     arguments+=(--address="$RAY_JOIN_ADDRESS")

@@ -27,7 +27,7 @@ start_nodes() {
     fifo=$folder/lease
     mkfifo -m 600 "$fifo"
     exec {LEASE}<>"$fifo"
-    export CONTAINER PYTHON DEVICE DEVICES_PER_NODE INTERFACE STOP_SECONDS ATTEMPT
+    export CONTAINER PYTHON DEVICE DEVICES_PER_NODE INTERFACE STOP_SECONDS SCRATCH_DIR ATTEMPT
     for index in "${!HOSTS[@]}"; do
         host=${HOSTS[index]}
         devices=() options=()
@@ -36,8 +36,8 @@ start_nodes() {
         fi
         mapfile -t options < <(component_of "$host")
         srun "${options[@]}" --overlap --export=ALL --nodes=1 --ntasks=1 --nodelist="$host" \
-            --job-name="ray-$host" --cpu-bind=none --mem=0 --output="$ATTEMPT/$host.log" --open-mode=append \
-            bash "$LIB/node.sh" "$host" "$((index == 0))" "$(resources_of "$index")" "${devices[0]:-}" \
+            --job-name="ray-$host" --mem=0 --output="$ATTEMPT/$host.log" --open-mode=append \
+            bash "$LIB/node.sh" "$host" "$index" "$(resources_of "$index")" "${devices[0]:-}" \
             <"$fifo" {LEASE}>&- &
         NODE_STEPS+=($!)
     done

@@ -45,6 +45,7 @@ common_settings() { # of every script; $1 is the default device
     setting DEVICES_PER_NODE 8
     setting INTERFACE
     setting OUTPUT_DIR "$REPO/outputs"
+    setting SCRATCH_DIR /tmp
     setting RUN_NAME "${SLURM_JOB_NAME:-check}-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-0}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     setting GRACE_SECONDS 600
     setting STOP_SECONDS 20
@@ -61,6 +62,8 @@ common_settings() { # of every script; $1 is the default device
     require_choice DETERMINISTIC 0 1
     [[ $RUN_NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
         problem "RUN_NAME=$RUN_NAME: must be letters, digits, '.', '_' and '-', the first a letter or digit"
+    [[ $SCRATCH_DIR == /* && ${#SCRATCH_DIR} -le 30 ]] ||
+        problem "SCRATCH_DIR=$SCRATCH_DIR: must be an absolute path of at most 30 characters, since Ray's sockets lie there"
     [[ $OUTPUT_DIR == /* ]] || OUTPUT_DIR=$PWD/$OUTPUT_DIR
     read -ra PYTHON_WORDS <<<"$CONTAINER"
     PYTHON_WORDS+=("$PYTHON") # what starts a Python: a stage must be the process itself, no function
