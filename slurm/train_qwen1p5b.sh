@@ -3,7 +3,7 @@
 #
 #   slurm/submit.sh slurm/train_qwen1p5b.sh [sbatch's options]
 #
-# slurm/README.md explains every variable; those of the environment go before the defaults below.
+# slurm/README.md explains every variable.
 #SBATCH --job-name=qwen1p5b
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,8 +18,6 @@
 set -euo pipefail
 
 RECIPE_FILE=recipes/qwen_1p5b.py
-: "${LEARNER_NODES:=1}" "${ROLLOUT_NODES:=1}" "${DEVICES_PER_NODE:=8}"
-: "${TENSOR_PARALLEL:=2}" "${ENGINE_TENSOR_PARALLEL:=1}" # the model has 2 KV heads: 1 or 2
 
 # Slurm runs a copy of this file, so the repository is where the job was submitted from.
 # shellcheck source=slurm/lib/job.sh
@@ -27,4 +25,7 @@ source "${R2VPO_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}/sl
     echo "slurm: submit from the repository's root, or set R2VPO_HOME to it" >&2
     exit 2
 }
+# After the site's file, which goes before these, as the environment goes before both.
+: "${LEARNER_NODES:=1}" "${ROLLOUT_NODES:=1}" "${DEVICES_PER_NODE:=8}"
+: "${TENSOR_PARALLEL:=2}" "${ENGINE_TENSOR_PARALLEL:=1}" # the model has 2 KV heads: 1 or 2
 train_main

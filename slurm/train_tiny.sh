@@ -3,7 +3,7 @@
 #
 #   slurm/submit.sh slurm/train_tiny.sh [sbatch's options]
 #
-# slurm/README.md explains every variable; those of the environment go before the defaults below.
+# slurm/README.md explains every variable.
 #SBATCH --job-name=tiny
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,6 +16,7 @@
 set -euo pipefail
 
 RECIPE_FILE=recipes/tiny_cpu.py
+# Before the site's file, which is about accelerators.
 : "${DEVICE:=cpu}" "${LEARNER_NODES:=1}" "${ROLLOUT_NODES:=1}" "${DEVICES_PER_NODE:=1}"
 : "${TENSOR_PARALLEL:=1}" "${ENGINE_TENSOR_PARALLEL:=1}"
 

@@ -32,3 +32,5 @@ source "$LIB/requeue.sh"
 source "$LIB/ray.sh"
 # shellcheck source=slurm/lib/train.sh
 source "$LIB/train.sh"
+# shellcheck source=slurm/lib/single.sh
+source "$LIB/single.sh"
