@@ -17,6 +17,7 @@ address=$(own_address) || { echo "$host: no IPv4 address${INTERFACE:+ on $INTERF
 scratch=$SCRATCH_DIR/r2vpo-$SLURM_JOB_ID-$index
 rm -rf "$scratch"
 (umask 077 && mkdir "$scratch")
+export TMPDIR=$scratch # engines leave files there when they are killed
 export VLLM_HOST_IP=$address # engines would take the address of the default route
 if [[ $DEVICE == npu ]]; then export HCCL_IF_IP=${HCCL_IF_IP:-$address}; fi
 if [[ -n $npus ]]; then export ASCEND_RT_VISIBLE_DEVICES=$npus; fi

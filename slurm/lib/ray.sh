@@ -21,12 +21,13 @@ prepare_ray() { # sets RAY_ADDRESS and the token; for the job's own steps and no
 }
 
 start_nodes() {
-    local index host fifo folder
+    local index host fifo folder reader
     local -a devices options
     folder=$(mktemp -d)
     fifo=$folder/lease
     mkfifo -m 600 "$fifo"
-    exec {LEASE}<>"$fifo"
+    exec {LEASE}<>"$fifo" {reader}<"$fifo"
+    rm -rf "$folder" # the pipe goes with the last that has it open
     export CONTAINER PYTHON DEVICE DEVICES_PER_NODE INTERFACE STOP_SECONDS SCRATCH_DIR ATTEMPT
     for index in "${!HOSTS[@]}"; do
         host=${HOSTS[index]}
@@ -38,10 +39,10 @@ start_nodes() {
         srun "${options[@]}" --overlap --export=ALL --nodes=1 --ntasks=1 --nodelist="$host" \
             --job-name="ray-$host" --mem=0 --output="$ATTEMPT/$host.log" --open-mode=append \
             bash "$LIB/node.sh" "$host" "$index" "$(resources_of "$index")" "${devices[0]:-}" \
-            <"$fifo" {LEASE}>&- &
+            <&"$reader" {LEASE}>&- &
         NODE_STEPS+=($!)
     done
-    rm -rf "$folder" # the pipe goes with the last that has it open
+    exec {reader}<&-
 }
 
 wait_for_nodes() { # until Ray itself says that all have joined; fails as soon as a step has ended
