@@ -26,6 +26,7 @@ start_nodes() {
     folder=$(mktemp -d)
     fifo=$folder/lease
     mkfifo -m 600 "$fifo"
+    # shellcheck disable=SC2094 # nothing is ever written
     exec {LEASE}<>"$fifo" {reader}<"$fifo"
     rm -rf "$folder" # the pipe goes with the last that has it open
     export CONTAINER PYTHON DEVICE DEVICES_PER_NODE INTERFACE STOP_SECONDS SCRATCH_DIR ATTEMPT

@@ -82,16 +82,17 @@ class MiniSlurm:
         return Job(self, job_id, logs / f"{job_id}.log")
 
     def processes(self) -> dict[str, list[str]]:
-        """Command lines on each node that are of a job's; not those of the node itself."""
+        """Command lines on each node but those of the node itself (slurmd and its shell)."""
         found = {}
         for number in range(1, self.num_nodes + 1):
-            lines = self.tool("exec", f"node{number}", "ps", "-eo", "stat=,args=").splitlines()
-            texts = [line.strip().partition(" ") for line in lines]
+            listing = self.tool("exec", f"node{number}", "ps", "-eo", "stat=,args=")
+            lines = [line.partition(" ") for line in listing.splitlines()]
             found[f"node{number}"] = [
                 text.strip()
-                for state, _, text in texts
-                if not state.startswith("Z")
-                and ("ray" in text or "r2vpo" in text or "slurm_script" in text)
+                for state, _, text in lines
+                if not state.startswith("Z")  # its parent, a shell, may never reap it
+                and not text.strip().startswith(("slurmd ", "sleep ", "ps "))
+                and "mini_slurm.sh _node_init" not in text
             ]
         return found
 
