@@ -17,6 +17,8 @@ address=$(own_address) || { echo "$host: no IPv4 address${INTERFACE:+ on $INTERF
 scratch=$SCRATCH_DIR/r2vpo-$SLURM_JOB_ID-$index
 rm -rf "$scratch"
 (umask 077 && mkdir "$scratch")
+# Ray would let others know for half a minute that the node leaves; the driver has gone already.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 export TMPDIR=$scratch # engines leave files there when they are killed
 export VLLM_HOST_IP=$address # engines would take the address of the default route
 if [[ $DEVICE == npu ]]; then export HCCL_IF_IP=${HCCL_IF_IP:-$address}; fi
@@ -42,10 +44,11 @@ else
     arguments+=(--address="$RAY_JOIN_ADDRESS")
 fi
 
+seconds=$(((STOP_SECONDS + 1) / 2)) # for Ray to end by itself
 finish() {
     trap '' TERM
     kill -TERM "$ray" 2>/dev/null || true
-    for ((i = 0; i < 5 * STOP_SECONDS / 2; i++)); do
+    for ((i = 0; i < 5 * seconds; i++)); do
         kill -0 "$ray" 2>/dev/null || break
         sleep 0.2
     done
@@ -68,6 +71,6 @@ ray=$!
 cat >/dev/null <&0 & # ends with the lease
 lease=$!
 trap finish EXIT
-trap 'exit 143' TERM
+trap 'seconds=3; exit 143' TERM # scancel: Slurm kills what is there when its KillWait is over
 wait -n "$ray" "$lease" || true
 kill -0 "$ray" 2>/dev/null || { echo "$host: Ray has ended by itself" >&2; exit 1; }

@@ -3,8 +3,9 @@
 # script holds a pipe open. So nothing is left behind by a script that dies, either.
 
 export RAY_NUM_PORTS=64 # of a job, on each node: 10 of the daemons, the others of workers
-LEASE=''       # file descriptor of the pipe's writing end
-NODE_STEPS=()  # process ids of the sruns, in the order of HOSTS
+LEASE=''        # file descriptor of the pipe's writing end
+SILENT_STEPS=() # those that did not end when they should have: their nodes are lost
+NODE_STEPS=()   # process ids of the sruns, in the order of HOSTS
 
 prepare_ray() { # sets RAY_ADDRESS and the token; for the job's own steps and nobody else
     local port
@@ -52,7 +53,7 @@ wait_for_nodes() { # until Ray itself says that all have joined; fails as soon a
         --nodes "${#HOSTS[@]}" --seconds "$JOIN_SECONDS" --watch "${NODE_STEPS[@]}"
 }
 
-stop_nodes() { # gives up the lease, waits for the steps to end, then ends what does not
+stop_nodes() { # gives up the lease and waits for the steps to end; sets SILENT_STEPS
     local deadline step
     [[ -n $LEASE ]] || return 0
     exec {LEASE}>&-
@@ -60,10 +61,8 @@ stop_nodes() { # gives up the lease, waits for the steps to end, then ends what 
     deadline=$((SECONDS + STOP_SECONDS))
     for step in "${NODE_STEPS[@]}"; do
         while kill -0 "$step" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.2; done
-        if kill -0 "$step" 2>/dev/null; then
-            say "a step did not end in STOP_SECONDS=$STOP_SECONDS: Slurm ends it"
-            kill -TERM "$step" 2>/dev/null || true # srun then has Slurm kill the step
-        fi
+        # A node that lives has killed its Ray by now. Slurm ends its step with the job.
+        if kill -0 "$step" 2>/dev/null; then SILENT_STEPS+=("$step"); fi
     done
     NODE_STEPS=()
     rm -f "${RAY_AUTH_TOKEN_PATH:-}"

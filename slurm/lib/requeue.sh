@@ -60,9 +60,20 @@ queue_again() { # STATUS REASON
         say "$2: not queued again (MAX_REQUEUES=$MAX_REQUEUES); RUN_NAME=$RUN_NAME goes on from the last checkpoint"
         exit "$1"
     fi
+    let_slurm_notice
     say "$2: queued again, to go on from the last checkpoint"
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         say "scontrol requeue failed (does the cluster allow it?); RUN_NAME=$RUN_NAME goes on when submitted again"
     fi
     exit "$1"
+}
+let_slurm_notice() { # that a node is lost, which ends this script and queues the job again
+    # A job that is queued again while a step of it hangs on a lost node is started without its gres
+    # by Slurm 22.05 ("Invalid generic resource"); one that Slurm itself queues again is sound.
+    local step deadline=$((SECONDS + NODE_SECONDS))
+    for step in "${SILENT_STEPS[@]}"; do
+        kill -0 "$step" 2>/dev/null || continue
+        say "a node does not answer: Slurm has NODE_SECONDS=$NODE_SECONDS to notice it and queue the job again"
+        while kill -0 "$step" 2>/dev/null && ((SECONDS < deadline)); do sleep 1; done
+    done
 }

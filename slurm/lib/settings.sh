@@ -49,6 +49,7 @@ common_settings() { # of every script; $1 is the default device
     setting RUN_NAME "${SLURM_JOB_NAME:-check}-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-0}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     setting GRACE_SECONDS 600
     setting STOP_SECONDS 20
+    setting NODE_SECONDS 600
     setting MAX_REQUEUES 50
     setting MAX_FAILURES 3
     setting DETERMINISTIC 0
@@ -57,6 +58,7 @@ common_settings() { # of every script; $1 is the default device
     require_integer DEVICES_PER_NODE 1 128 || true
     require_integer GRACE_SECONDS 1 || true
     require_integer STOP_SECONDS 1 600 || true
+    require_integer NODE_SECONDS 0 86400 || true
     require_integer MAX_REQUEUES 0 1000 || true
     require_integer MAX_FAILURES 0 1000 || true
     require_choice DETERMINISTIC 0 1

@@ -44,9 +44,7 @@ def tiny_pangu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def variables(tiny_pangu: Path, tmp_path: Path) -> dict[str, str]:
     """What makes any training job small and of the CPU; by documented variables alone."""
-    fields = {
-        name: value for name, value in SMALL.items() if name != "train.num-iterations"
-    } | {
+    fields = {name: value for name, value in SMALL.items() if name != "train.num-iterations"} | {
         "model.dtype": "float32",
         "model.testbed": "",
         "rollout.max-prompt-tokens": "64",

@@ -30,12 +30,7 @@ def assert_nothing_left(cluster: MiniSlurm, job: Job, output: Path, seconds: flo
 
 def on_nodes(processes: dict[str, list[str]], what: str) -> list[str]:
     """Names of the nodes that have a Ray actor of this class, once for each."""
-    return [
-        node
-        for node, lines in processes.items()
-        for line in lines
-        if f"ray::{what}" in line
-    ]
+    return [node for node, lines in processes.items() for line in lines if f"ray::{what}" in line]
 
 
 def test_training_on_four_nodes_is_signalled_and_goes_on(cluster, variables, tmp_path):
@@ -76,7 +71,12 @@ def test_training_on_four_nodes_is_signalled_and_goes_on(cluster, variables, tmp
 
 
 def test_a_node_is_lost(cluster, variables, tmp_path):
-    variables |= {"TENSOR_PARALLEL": "2", "ITERATIONS": "15", "ROLLOUT_NODES": "1", "MAX_FAILURES": "1"}
+    variables |= {
+        "TENSOR_PARALLEL": "2",
+        "ITERATIONS": "15",
+        "ROLLOUT_NODES": "1",
+        "MAX_FAILURES": "1",
+    }
     job = cluster.submit("train_pangu7b.sh", "--nodes=3", **variables)
     job.wait_for(CHECKPOINT.format(tmp_path, 1), START_SECONDS)
     lost = on_nodes(cluster.processes(), "LearnerWorker")[1]
@@ -123,3 +123,34 @@ def test_a_heterogeneous_job(cluster, variables, tmp_path):
     assert job.wait_for_end(RUN_SECONDS) == "COMPLETED", job.text()
     assert read_iterations(tmp_path / "run")[-1]["iteration"] == 1
     assert_nothing_left(cluster, job, tmp_path)
+
+
+def test_conversion_and_evaluation(cluster, variables, tiny_pangu, tmp_path):
+    problems = tmp_path / "sums.jsonl"
+    rows = [f'{{"problem": "{n}+1=?", "answer": "{n + 1}"}}\n' for n in range(3)]
+    problems.write_text("".join(rows))
+    common = {name: variables[name] for name in ("SITE", "OUTPUT_DIR", "MAX_FAILURES")}
+    layout = {"INPUT": str(tiny_pangu), "TENSOR_PARALLEL": "2", "RUN_NAME": "megatron"}
+    convert = cluster.submit("convert.sh", **common, **layout)
+    small = "--benchmark-file=sums={} --samples=2 --max-response-tokens=8 --dtype=float32 "
+    small += "--kv-cache-bytes=16777216 --max-prompt-tokens=64 --chat-template=model "
+    small += "--no-check-answer-form"
+    evaluate = cluster.submit(
+        "evaluate.sh",
+        **common,
+        MODEL=str(tiny_pangu),
+        RUN_NAME="scores",
+        DEVICE="cpu",
+        DEVICES_PER_NODE="1",
+        ARGS=small.format(problems),
+    )
+    assert convert.wait_for_end(RUN_SECONDS) == "COMPLETED", convert.text()
+    assert (tmp_path / "megatron" / ".metadata").is_file() or list(tmp_path.rglob(".metadata"))
+    back = {"INPUT": str(tmp_path / "megatron"), "DIRECTION": "to_hf", "RUN_NAME": "hf"}
+    back_again = cluster.submit("convert.sh", **common, **back)
+    assert evaluate.wait_for_end(RUN_SECONDS) == "COMPLETED", evaluate.text()
+    assert '"sums"' in (tmp_path / "scores" / "results.json").read_text()
+    assert back_again.wait_for_end(RUN_SECONDS) == "COMPLETED", back_again.text()
+    weights = [folder / "model.safetensors" for folder in (tiny_pangu, tmp_path / "hf")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert_nothing_left(cluster, evaluate, tmp_path)

@@ -78,7 +78,9 @@ def test_every_variable_is_in_the_table():
     code = "".join(file.read_text() for file in SLURM.glob("lib/*.sh"))
     names = set(re.findall(r"^ *setting ([A-Z_]+)", code, re.MULTILINE))
     assert len(names) > 40
-    documented = re.findall(r"^\| `([A-Z0-9_]+)` \|", (SLURM / "README.md").read_text(), re.MULTILINE)
+    documented = re.findall(
+        r"^\| `([A-Z0-9_]+)` \|", (SLURM / "README.md").read_text(), re.MULTILINE
+    )
     others = {"SITE", "R2VPO_HOME", "CHAIN", "HET", "HET_LEARNER", "HET_ROLLOUT", "JOB"}
     others |= {"TABLE_NAME", "OBJECT_STORE_BYTES"}
     assert set(documented) == names | others
@@ -255,7 +257,7 @@ def test_a_stage_is_told_once_and_its_exit_status_kept(signal_name, reason, tmp_
 
 
 ENDINGS = [
-    # driver's status, reason, restarts, checkpoints that were there at earlier failures -> requeued?
+    # driver's status, reason, restarts, checkpoint at each earlier failure, exit code, requeued?
     (0, "", 0, [], 0, False),
     (143, "requeue", 0, [], 143, True),
     (143, "requeue", 50, [], 143, False),  # MAX_REQUEUES
