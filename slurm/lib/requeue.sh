@@ -76,4 +76,6 @@ let_slurm_notice() { # that a node is lost, which ends this script and queues th
         say "a node does not answer: Slurm has NODE_SECONDS=$NODE_SECONDS to notice it and queue the job again"
         while kill -0 "$step" 2>/dev/null && ((SECONDS < deadline)); do sleep 1; done
     done
+    # It has (or the job was cancelled meanwhile): Slurm ends the script, whose part is done.
+    [[ $STOP_REASON != cancel ]] || exit 143
 }

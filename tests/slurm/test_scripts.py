@@ -321,3 +321,26 @@ def test_submission_hands_on_what_was_asked_for(tmp_path):
     refused = run(*submit, folder=tmp_path, path=tmp_path, DEVICE="tpu")
     assert refused.returncode == 2
     assert "DEVICE=tpu" in refused.stderr
+
+
+@pytest.mark.parametrize("is_ended_by_slurm", [False, True])
+def test_a_lost_node_is_left_to_slurm_for_a_time(is_ended_by_slurm, tmp_path):
+    command(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/scontrol.log')
+    ends = "(sleep 0.5; kill $step; kill -TERM $$) &" if is_ended_by_slurm else ""
+    script = f"""
+    source slurm/lib/job.sh
+    COMMAND=(x)
+    begin_run_records
+    watch_signals
+    sleep 30 >/dev/null 2>&1 & step=$!
+    trap 'kill $step 2>/dev/null || true' EXIT
+    SILENT_STEPS=($step)
+    {ends}
+    end_job 1
+    """
+    variables = {"SLURM_JOB_ID": "7", "RUN_NAME": "run", "MAX_REQUEUES": "5", "MAX_FAILURES": "3"}
+    variables["NODE_SECONDS"] = "20" if is_ended_by_slurm else "1"
+    result = run("bash", "-c", script, folder=tmp_path, path=tmp_path, **variables)
+    assert "a node does not answer" in result.stdout
+    assert result.returncode == (143 if is_ended_by_slurm else 1)
+    assert (tmp_path / "scontrol.log").exists() != is_ended_by_slurm
