@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks a job's settings here and now, then submits it with what the site's file says.
 #
-#   slurm/submit.sh slurm/train_pangu7b.sh [sbatch's options]
+#   slurm/submit.sh slurm/train_pangu7b.sh [sbatch's options]       as many nodes as the settings say
 #   CHAIN=3 RUN_NAME=my_run slurm/submit.sh slurm/train_pangu7b.sh   three jobs, one after the other
 #   HET=1 slurm/submit.sh slurm/train_pangu7b.sh                     a heterogeneous job
 #
@@ -27,10 +27,17 @@ if [[ -e $site ]]; then
     source "$site"
     set +a
 fi
-bash "$job" >/dev/null # exits with 2 and says why where a setting is not valid
+settings=$(bash "$job") # exits with 2 and says why where a setting is not valid
+shown() { awk -v name="$1" '$1 == name {print $2}' <<<"$settings"; } # NAME of a setting
 
 export R2VPO_HOME=$PWD
-options=(--parsable "$@")
+learner_nodes=$(shown LEARNER_NODES) rollout_nodes=$(shown ROLLOUT_NODES)
+options=(--parsable)
+if [[ -n $learner_nodes ]] && ((!HET)); then
+    [[ $(shown GROUPS_ON) == separate ]] || rollout_nodes=0
+    options+=(--nodes=$((learner_nodes + rollout_nodes)))
+fi
+options+=("$@")
 if ((CHAIN > 1)); then
     # Of the jobs of one name and user only one runs at a time.
     options+=(--job-name="$RUN_NAME" --dependency=singleton)
@@ -39,7 +46,7 @@ if ((HET)); then
     # The script's own headers count for the first component alone.
     read -ra learner <<<"${HET_LEARNER:---gres=npu:8}"
     read -ra rollout <<<"${HET_ROLLOUT:---gres=npu:8}"
-    options+=(--nodes="${LEARNER_NODES:-1}" "${learner[@]}" : --job-name="${RUN_NAME:-r2vpo}-rollout"
-        --nodes="${ROLLOUT_NODES:-1}" --ntasks-per-node=1 --exclusive "${rollout[@]}")
+    options+=(--nodes="$learner_nodes" "${learner[@]}" : --job-name="${RUN_NAME:-r2vpo}-rollout"
+        --nodes="$rollout_nodes" --ntasks-per-node=1 --exclusive "${rollout[@]}")
 fi
 for ((i = 0; i < CHAIN; i++)); do sbatch "${options[@]}" "$job"; done

@@ -77,7 +77,7 @@ def test_a_node_is_lost(cluster, variables, tmp_path):
         "ROLLOUT_NODES": "1",
         "MAX_FAILURES": "1",
     }
-    job = cluster.submit("train_pangu7b.sh", "--nodes=3", **variables)
+    job = cluster.submit("train_pangu7b.sh", **variables)
     job.wait_for(CHECKPOINT.format(tmp_path, 1), START_SECONDS)
     lost = on_nodes(cluster.processes(), "LearnerWorker")[1]
     try:
@@ -106,7 +106,7 @@ def test_a_cancelled_job_leaves_nothing_and_is_not_queued_again(cluster, variabl
 def test_a_pre_empted_job_goes_on_afterwards(cluster, variables, tmp_path):
     variables |= {"ITERATIONS": "15", "GROUPS_ON": "same", "LEARNER_DEVICES_PER_NODE": "1"}
     variables |= {"DEVICES_PER_NODE": "2", "WEIGHT_SYNC": "shared_memory"}
-    job = cluster.submit("train_tiny.sh", "--nodes=1", "--nodelist=node1", **variables)
+    job = cluster.submit("train_tiny.sh", "--nodelist=node1", **variables)
     job.wait_for(CHECKPOINT.format(tmp_path, 1), START_SECONDS)
     urgent = ("sbatch", "--parsable", "-p", "high", "-w", "node1", "--exclusive", "-o", "/dev/null")
     cluster.run(*urgent, "--wrap", "true")

@@ -306,8 +306,14 @@ def test_submission_hands_on_what_was_asked_for(tmp_path):
         return result.stdout.splitlines()
 
     assert submitted("--time=1", SITE=str(site)) == [
-        "--parsable --time=1 slurm/train_tiny.sh partition=fast"
+        "--parsable --nodes=2 --time=1 slurm/train_tiny.sh partition=fast"
     ]
+    (larger,) = submitted(LEARNER_NODES="4", ROLLOUT_NODES="3")
+    assert "--nodes=7 " in larger
+    (shared,) = submitted(
+        LEARNER_NODES="4", GROUPS_ON="same", DEVICES_PER_NODE="2", LEARNER_DEVICES_PER_NODE="1"
+    )
+    assert "--nodes=4 " in shared
     chain = submitted(CHAIN="3", RUN_NAME="long", SITE=str(site))
     assert len(chain) == 3
     assert all("--job-name=long --dependency=singleton" in line for line in chain)
