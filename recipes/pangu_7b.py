@@ -19,11 +19,10 @@ def r2vpo_off_policy() -> RunConfig:
         base,
         model=ModelConfig(path="models/openPangu-Embedded-7B"),
         data=replace(base.data, thinking="slow"),
-        # 8 KV heads, 34 layers in two stages. Whole layers are recomputed: of a micro-batch, two of
-        # the longest samples, only their inputs stay.
+        # 8 KV heads: a tensor parallel group fills a node. Whole layers are recomputed: of a
+        # micro-batch, two of the longest samples, only their inputs stay.
         parallel=ParallelConfig(
-            tensor=4,
-            pipeline=2,
+            tensor=8,
             data=2,
             sequence_parallel=True,
             max_tokens_per_micro_batch=2 * base.max_sequence_tokens,
@@ -34,9 +33,9 @@ def r2vpo_off_policy() -> RunConfig:
 
 
 def r2vpo_off_policy_gpu80() -> RunConfig:
-    """The same on GPUs of 80 GB: no pipeline, so no bubble."""
+    """The same on GPUs of 80 GB: fewer ranks share a layer, more share the samples."""
     base = r2vpo_off_policy()
-    return replace(base, parallel=replace(base.parallel, pipeline=1, data=4))
+    return replace(base, parallel=replace(base.parallel, tensor=4, data=4))
 
 
 RECIPES = variants(r2vpo_off_policy) | variants(r2vpo_off_policy_gpu80, "_gpu80")

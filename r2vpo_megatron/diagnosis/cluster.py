@@ -22,7 +22,11 @@ from r2vpo_megatron.diagnosis.findings import Finding, fault, ok
 from r2vpo_megatron.diagnosis.judgement import named
 from r2vpo_megatron.diagnosis.node import NodeReport, examine_node
 from r2vpo_megatron.orchestration.cluster import NoAnswer, free_tcp_address, get_in_time
-from r2vpo_megatron.orchestration.placement import actor_options
+from r2vpo_megatron.orchestration.placement import (
+    LEARNER_GROUP,
+    actor_options,
+    rank_placements,
+)
 
 NODE_SECONDS = 120.0  # for Ray to start a worker, torch to load, 64 MiB to be written
 CONNECT_SECONDS = 10.0
@@ -157,7 +161,8 @@ def time_all_reduce(config: RunConfig) -> Finding:
     """Form the learner's process group on its devices, and time an all-reduce over all of it."""
     size = config.parallel.num_ranks
     worker = ray.remote(RankProbe)
-    ranks = [worker.options(**actor_options(config, {})).remote() for _ in range(size)]
+    options = actor_options(config, {}, group=LEARNER_GROUP)
+    ranks = [worker.options(**options, **place).remote() for place in rank_placements(config)]
     platform = get_platform(config.runtime.device)
     subject = f"all-reduce ({platform.collective_backend})"
     try:

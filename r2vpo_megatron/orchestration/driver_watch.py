@@ -21,6 +21,8 @@ class DriverWatch:
 
     Args:
         seconds: from one beat to the next, at most.
+
+    The error names the line that the main thread was at.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -59,7 +61,10 @@ class DriverWatch:
                 return
 
     def _end(self, number: int, frame: FrameType | None) -> None:
+        where = ""
+        if frame is not None:
+            code = frame.f_code
+            where = f" in {code.co_name} ({code.co_filename}:{frame.f_lineno})"
         raise NoAnswer(
-            f"{self._stage}: the driver itself has done nothing for {self._seconds:g} s (twice "
-            "runtime.timeout_seconds)"
+            f"{self._stage}: the driver itself has done nothing for {self._seconds:g} s{where}"
         )

@@ -134,13 +134,17 @@ train_main() {
 }
 
 run_everything() {
-    if ((DOCTOR)); then
-        run_stage "${PYTHON_WORDS[@]}" -m r2vpo_megatron.cli.doctor "${COMMAND[@]}" || return
-    fi
+    local -a words
     prepare_ray || return
+    words=("${COMMAND[@]}" --runtime.ray-address "$RAY_JOIN_ADDRESS" --runtime.node-groups true)
     start_nodes
     wait_for_nodes || return
+    if ((DOCTOR)); then # all nodes, before hours are spent on them
+        say "doctor:"
+        # What it finds is for a person to mend: the job is not queued again.
+        run_stage "${PYTHON_WORDS[@]}" -m r2vpo_megatron.cli.doctor "${words[@]}" ||
+            return "$(($? == 1 ? EXIT_BAD_INPUT : $?))"
+    fi
     say "driver: ${COMMAND[*]}"
-    run_stage "${PYTHON_WORDS[@]}" -m r2vpo_megatron.cli.train "${COMMAND[@]}" \
-        --runtime.ray-address "$RAY_JOIN_ADDRESS" --runtime.node-groups true
+    run_stage "${PYTHON_WORDS[@]}" -m r2vpo_megatron.cli.train "${words[@]}"
 }

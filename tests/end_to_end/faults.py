@@ -226,11 +226,10 @@ def reward_is_nan(scene: Scene) -> str:
 def reward_never_returns(scene: Scene) -> str:
     hanging = {"data.reward": "tests.end_to_end.faults:at_last_never"}
     run = scene.start(**hanging, **{"runtime.timeout-seconds": "45"})
-    cause = "StageTimeout: collect: the driver itself has done nothing for 90 s"
+    cause = "StageTimeout: collect: the driver itself has done nothing for 90 s in at_last_never ("
     scene.ends(run, cause, seconds=400)
-    assert "at_last_never" in (scene.run_dir / "stacks.txt").read_text()
     scene.goes_on(**{"checkpoint.allow-changes": "data.reward"})
-    return "the run ends at its deadline with all stacks; goes on with a mended reward"
+    return "the run ends at its deadline and names the line; goes on with a mended reward"
 
 
 NUM_JUDGED = itertools.count()

@@ -35,7 +35,7 @@ def on_nodes(processes: dict[str, list[str]], what: str) -> list[str]:
 
 
 def test_training_on_four_nodes_is_signalled_and_goes_on(cluster, variables, tmp_path):
-    variables |= {"TENSOR_PARALLEL": "2", "ITERATIONS": "15"}
+    variables |= {"TENSOR_PARALLEL": "2", "ITERATIONS": "15", "DOCTOR": "1"}
     job = cluster.submit("train_pangu7b.sh", **variables)
     job.wait_for(CHECKPOINT.format(tmp_path, 1), START_SECONDS)
 
@@ -59,6 +59,8 @@ def test_training_on_four_nodes_is_signalled_and_goes_on(cluster, variables, tmp
     text = job.text()
     assert text.count("waits for 4 nodes to join Ray") == 2
     assert "SIGTERM: a checkpoint is written" in text
+    assert text.count("ports: 4 nodes reach each other on ephemeral ports") == 2
+    assert text.count("all-reduce (gloo): 2 ranks") == 2
     records = read_iterations(tmp_path / "run")
     assert [record["iteration"] for record in records] == list(range(16))
     assert (tmp_path / "run" / "hf" / "config.json").is_file()

@@ -14,7 +14,7 @@ from r2vpo_megatron.orchestration.driver_watch import DriverWatch
 
 def test_a_driver_that_does_nothing_is_ended_with_the_stages_name() -> None:
     start = time.monotonic()
-    cause = "collect: the driver itself has done nothing for 0.4 s"
+    cause = "collect: the driver itself has done nothing for 0.4 s in test_a_driver_.*watch.py:"
     with pytest.raises(NoAnswer, match=cause), DriverWatch(0.4) as watch:
         watch.beat("collect")
         time.sleep(30)
