@@ -19,7 +19,7 @@ from torch import Tensor
 from r2vpo_megatron.parallel.vocab_softmax import VocabularyShard
 
 SAMPLE_TOKENS = 256  # of a micro-batch, for the plain path
-_PLAIN_TOKENS = 64  # whose whole logits are there at a time
+PLAIN_TOKENS = 64  # whose whole logits are there at a time
 # Of the largest logit: a product of another number of rows may add up in another order, and in
 # bf16 round to the next number, 2^-7 of it at most. A temperature divides logits and tolerance.
 PLAIN_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -69,7 +69,7 @@ class HeadChecks:
             return
         self.compare_plain = False
         chosen = _spread(len(logprobs_N), SAMPLE_TOKENS, logprobs_N.device)
-        for part in chosen.split(_PLAIN_TOKENS):
+        for part in chosen.split(PLAIN_TOKENS):
             plain, largest_logit = plain_logprobs(
                 hidden_NH[part], weight_VH, targets_N[part], shard, temperature, vocab_size
             )
