@@ -1,4 +1,4 @@
-"""Peak memory and stage times of real learner ranks on the CPU, for the benchmarks of the plan.
+"""Peak memory of real learner ranks on the CPU, beside what the plan says of them.
 
 Two measures of a rank's memory, both above what it holds when Megatron is imported:
     tensors    the most bytes that torch's CPU allocator had given out at a time, from the
@@ -9,9 +9,10 @@ Two measures of a rank's memory, both above what it holds when Megatron is impor
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ from benchmarks._shapes import Shape
 from benchmarks.convert import write_checkpoint
 from r2vpo_megatron import config as c
 from r2vpo_megatron.data.packing import pack_trajectories
+from r2vpo_megatron.models.spec import read_model_spec
 from r2vpo_megatron.observability.memory import resident_bytes
+from r2vpo_megatron.planning.devices import find_device
+from r2vpo_megatron.planning.learner_memory import LearnerRankMemory, learner_memory
+from r2vpo_megatron.planning.pack_load import PackLoad
 from r2vpo_megatron.records import PackedBatch, Trajectory
 from tests.distributed.ranks import run_ranks
 
 NUM_UPDATES = 2  # AdamW makes its moments in the first
+RATIO_PENALTY = 0.04
 PROMPT_SHARE = 8  # an eighth of a sequence is its prompt
 
 
@@ -65,11 +71,15 @@ class LearnerCase:
 
 @dataclass(frozen=True)
 class RankPeak:
-    """What one rank held at most, in bytes above the imports, and when."""
+    """What one rank held at most, in bytes above the imports.
+
+    Attributes:
+        tensor_bytes: given out by torch's allocator.
+        resident_bytes: resident; of a run of its own, since the profiler's records take memory.
+    """
 
     tensor_bytes: int
     resident_bytes: int
-    static_bytes: int  # of tensors, after an update
 
 
 def make_trajectories(lengths: Sequence[int], vocab: int) -> list[Trajectory]:
@@ -101,42 +111,79 @@ def make_trajectories(lengths: Sequence[int], vocab: int) -> list[Trajectory]:
     return trajectories
 
 
-def measure_peaks(case: LearnerCase, folder: Path) -> list[RankPeak]:
-    """Two updates on real ranks; the parent must have imported Megatron, with one thread.
+def measure_peaks(case: LearnerCase, folder: Path, *, resident: bool = True) -> list[RankPeak]:
+    """Two updates on real ranks, by rank; the parent must have imported Megatron, with one thread.
 
     Args:
         case: what runs.
         folder: an empty one, for the checkpoint.
+        resident: whether to run once more for the resident size, else it is 0.
     """
     model_dir = folder / "model"
     write_checkpoint(case.shape, case.architecture, model_dir)
-    return run_ranks(
-        case.parallel.num_ranks, _rank_peak, case, model_dir, timeout_seconds=600.0
-    )
+    num_ranks = case.parallel.num_ranks
+    tensors = run_ranks(num_ranks, _tensor_peak, case, model_dir, timeout_seconds=600.0)
+    sizes = [0] * num_ranks
+    if resident:
+        sizes = run_ranks(num_ranks, _resident_peak, case, model_dir, timeout_seconds=600.0)
+    return [RankPeak(*pair) for pair in zip(tensors, sizes, strict=True)]
 
 
-def _rank_peak(
-    rank: int, world_size: int, init_method: str, case: LearnerCase, model_dir: Path
-) -> RankPeak:
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+def modelled_peak(case: LearnerCase, model_dir: Path, rank: int) -> LearnerRankMemory:
+    """What the plan says of a rank, from the very micro-batches that it gets."""
+    parallel = case.parallel
+    batches = case.micro_batches()
+    # Megatron's order of ranks: tensor, context, data, pipeline.
+    context_rank = rank // parallel.tensor % parallel.context
+    stage = rank // (parallel.tensor * parallel.context * parallel.data)
+    loads = [
+        PackLoad.of_batch(batch, context_rank, parallel.context)
+        for of_rank in batches
+        for batch in of_rank
+    ]
+    names = [field.name for field in dataclasses.fields(PackLoad)]
+    load = PackLoad(*(max(getattr(load, name) for load in loads) for name in names))
+    spec = read_model_spec(model_dir)
+    return learner_memory(spec, case.config, find_device("cpu"), len(batches[0]), load)[stage]
 
+
+@contextmanager
+def _running(
+    rank: int, init_method: str, case: LearnerCase, model_dir: Path
+) -> Iterator[Callable[[], Any]]:
+    """A started rank; the function makes an update."""
     from r2vpo_megatron.learner.start import start_learner
     from r2vpo_megatron.parallel.state import destroy_parallel
 
-    batches = case.micro_batches()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the parent is not this rank's
-    resident_before = resident_bytes()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        actor, state = start_learner(case.config, model_dir, rank, init_method)
-        for _ in range(NUM_UPDATES):
-            actor.update(batches[state.data_rank], 0.04, policy_version=0)
-        torch.zeros(1)
-    peak_resident = _high_water_bytes() - resident_before
-    del actor
+    actor, state = start_learner(case.config, model_dir, rank, init_method)
+    batches = case.micro_batches()[state.data_rank]
+    yield lambda: actor.update(batches, RATIO_PENALTY, policy_version=0)
     destroy_parallel()
-    peak, final = _peak_of_events(profiler)
-    return RankPeak(peak, peak_resident, final)
+
+
+def _tensor_peak(
+    rank: int, world_size: int, init_method: str, case: LearnerCase, model_dir: Path
+) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        _running(rank, init_method, case, model_dir) as update,
+    ):
+        for _ in range(NUM_UPDATES):
+            update()
+    return _peak_of_events(profiler)
+
+
+def _resident_peak(
+    rank: int, world_size: int, init_method: str, case: LearnerCase, model_dir: Path
+) -> int:
+    Path("/proc/self/clear_refs").write_text("5")  # the parent's peak is not this rank's
+    before = resident_bytes()
+    with _running(rank, init_method, case, model_dir) as update:
+        for _ in range(NUM_UPDATES):
+            update()
+        return _high_water_bytes() - before
 
 
 def _high_water_bytes() -> int:
@@ -146,12 +193,32 @@ def _high_water_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmHWM")
 
 
-def _peak_of_events(profiler: Any) -> tuple[int, int]:
-    """Most bytes allocated at a time, and bytes at the end, since the profiler began."""
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    sums = np.cumsum([num_bytes for _, num_bytes in events])
-    return int(sums.max()), int(sums[-1])
+def _peak_of_events(profiler: Any) -> int:
+    """Most bytes allocated at a time since the profiler began.
+
+    What threads of gloo free is not among the events. That a block was freed shows only when its
+    address is given out again; until then it counts.
+    """
+    live: dict[int, int] = {}
+    current, peak = 0, 0
+    for _, address, num_bytes in sorted(_allocations(profiler)):
+        if num_bytes > 0:
+            current += num_bytes - live.get(address, 0)
+            live[address] = num_bytes
+            peak = max(peak, current)
+        else:
+            current -= live.pop(address, 0)
+    return peak
+
+
+def _allocations(profiler: Any) -> Iterator[tuple[int, int, int]]:
+    """(time in ns, address, bytes, below 0 where they are freed) of every event."""
+    from torch._C._profiler import _EventType
+
+    remaining = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while remaining:
+        event = remaining.pop()
+        remaining.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.ptr, fields.alloc_size

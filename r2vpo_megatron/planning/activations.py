@@ -51,7 +51,13 @@ class LayerActivations:
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, parallel: ParallelConfig, load: PackLoad, itemsize: int, *, is_cpu: bool
+        cls,
+        spec: ModelSpec,
+        parallel: ParallelConfig,
+        load: PackLoad,
+        itemsize: int,
+        *,
+        is_cpu: bool,
     ) -> LayerActivations:
         """Count.
 
@@ -137,7 +143,13 @@ class EdgeActivations:
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, parallel: ParallelConfig, load: PackLoad, itemsize: int, *, is_cpu: bool
+        cls,
+        spec: ModelSpec,
+        parallel: ParallelConfig,
+        load: PackLoad,
+        itemsize: int,
+        *,
+        is_cpu: bool,
     ) -> EdgeActivations:
         """Count; arguments as of `LayerActivations.of`."""
         hidden = spec.hidden_size
@@ -174,7 +186,9 @@ def _logits_bytes(
     # A CPU widens a block of 16-bit logits once more, inside a product of both types.
     num_blocks = 2 + (is_cpu and itemsize < _FP32)
     blocks = num_blocks * block_rows * columns * _FP32
-    sum_block = 0 if itemsize == _FP32 else min(columns, GRADIENT_BLOCK_COLUMNS) * hidden * itemsize
+    # A 16-bit product is added to the fp32 sum block by block; a CPU widens it first.
+    widened = itemsize + (_FP32 if is_cpu else 0)
+    sum_block = 0 if itemsize == _FP32 else min(columns, GRADIENT_BLOCK_COLUMNS) * hidden * widened
     chunk = chunk_tokens * columns * itemsize + max(blocks, sum_block)
     # Logits of this rank, of every rank, put together, widened, divided, their softmax.
     check_row = columns * (itemsize + parallel.tensor * (2 * itemsize + 3 * _FP32))

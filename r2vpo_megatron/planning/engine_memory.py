@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from r2vpo_megatron.config import RunConfig
+from r2vpo_megatron.config import ParallelConfig, RunConfig
 from r2vpo_megatron.models.spec import ModelSpec, padded_vocab_size, validate_layout
 from r2vpo_megatron.planning.devices import Device
 from r2vpo_megatron.planning.learner_memory import ITEMSIZES, bucket_bytes
 from r2vpo_megatron.planning.parameters import stage_parameters, total_parameters
-from r2vpo_megatron.config import ParallelConfig
 
 _FP32 = 4
 _STEP_TOKENS = 8192  # that vLLM takes in one step on an accelerator, and profiles its memory with
@@ -25,7 +24,7 @@ class EngineRankMemory:
         kv_cache: what is left for keys and values within the engine's share; below 0 if nothing.
         buckets: of a weight push, outside of the engine's share.
         reserved: by the device's context and communicators.
-        cached_tokens: that the KV cache holds.
+        token_bytes: keys and values of one token.
         memory_bytes: of the device.
         longest_sequence: tokens that the KV cache must hold at least.
     """
@@ -35,7 +34,7 @@ class EngineRankMemory:
     kv_cache: int
     buckets: int
     reserved: int
-    cached_tokens: int
+    token_bytes: int
     memory_bytes: int
     longest_sequence: int
 
@@ -46,10 +45,15 @@ class EngineRankMemory:
         return used + self.buckets + self.reserved
 
     @property
-    def fits(self) -> bool:
-        """Whether one sequence of the greatest length can be sampled."""
-        holds_one = self.cached_tokens >= self.longest_sequence
-        return holds_one and self.device_bytes <= self.memory_bytes
+    def cached_tokens(self) -> int:
+        """That the KV cache holds."""
+        return max(self.kv_cache, 0) // self.token_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What lacks for one sequence of the greatest length; 0 or below where nothing does."""
+        for_one = self.longest_sequence * self.token_bytes - self.kv_cache
+        return max(for_one, self.device_bytes - self.memory_bytes)
 
 
 def engine_memory(spec: ModelSpec, config: RunConfig, device: Device) -> EngineRankMemory:
@@ -79,7 +83,7 @@ def engine_memory(spec: ModelSpec, config: RunConfig, device: Device) -> EngineR
         kv_cache=kv_cache,
         buckets=bucket_bytes(spec, config, itemsize),
         reserved=device.reserved_bytes,
-        cached_tokens=max(kv_cache, 0) // per_token,
+        token_bytes=per_token,
         memory_bytes=device.memory_bytes,
         longest_sequence=config.max_sequence_tokens,
     )
