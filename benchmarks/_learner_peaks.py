@@ -10,63 +10,21 @@ Two measures of a rank's memory, both above what it holds when Megatron is impor
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks._shapes import Shape
+from benchmarks._learner_cases import RATIO_PENALTY, LearnerCase, running_learner
 from benchmarks.convert import write_checkpoint
-from r2vpo_megatron import config as c
-from r2vpo_megatron.data.packing import pack_trajectories
 from r2vpo_megatron.models.spec import read_model_spec
 from r2vpo_megatron.observability.memory import resident_bytes
 from r2vpo_megatron.planning.devices import find_device
 from r2vpo_megatron.planning.learner_memory import LearnerRankMemory, learner_memory
 from r2vpo_megatron.planning.pack_load import PackLoad
-from r2vpo_megatron.records import PackedBatch, Trajectory
 from tests.distributed.ranks import run_ranks
 
 NUM_UPDATES = 2  # AdamW makes its moments in the first
-RATIO_PENALTY = 0.04
-PROMPT_SHARE = 8  # an eighth of a sequence is its prompt
-
-
-@dataclass(frozen=True)
-class LearnerCase:
-    """A model, a layout and the sequences of one update."""
-
-    name: str
-    shape: Shape
-    parallel: c.ParallelConfig
-    lengths: tuple[int, ...]  # tokens of each sequence of the update
-    architecture: str = "pangu"
-    dtype: str = "float32"
-    distributed: bool = True
-
-    @property
-    def config(self) -> c.RunConfig:
-        """What the ranks run by."""
-        return c.RunConfig(
-            model=c.ModelConfig(path="unused", dtype=self.dtype),
-            rollout=c.RolloutConfig(max_prompt_tokens=8, max_response_tokens=8),
-            optimizer=c.OptimizerConfig(distributed=self.distributed),
-            parallel=self.parallel,
-            runtime=c.RuntimeConfig(device="cpu"),
-        )
-
-    def micro_batches(self) -> list[list[PackedBatch]]:
-        """[data parallel rank][micro-batch] of the update."""
-        return pack_trajectories(
-            make_trajectories(self.lengths, self.shape.vocab),
-            max_tokens_per_micro_batch=self.parallel.max_tokens_per_micro_batch,
-            num_data_parallel_ranks=self.parallel.data,
-            pad_to_multiple_of=self.parallel.tokens_multiple,
-        )
 
 
 @dataclass(frozen=True)
@@ -80,35 +38,6 @@ class RankPeak:
 
     tensor_bytes: int
     resident_bytes: int
-
-
-def make_trajectories(lengths: Sequence[int], vocab: int) -> list[Trajectory]:
-    """Random sequences; log-probs as of a model that is nearly uniform."""
-    random = np.random.default_rng(0)
-    trajectories = []
-    for index, length in enumerate(lengths):
-        num_prompt = max(1, length // PROMPT_SHARE)
-        num_response = length - num_prompt
-        prompt, response = (
-            tuple(random.integers(0, vocab, count).tolist()) for count in (num_prompt, num_response)
-        )
-        logprobs = np.full(num_response, -math.log(vocab), dtype=np.float32)
-        trajectories.append(
-            Trajectory(
-                sample_id=f"{index:05d}",
-                group_id="group",
-                prompt_token_ids=prompt,
-                response_token_ids=response,
-                behavior_logprobs=logprobs,
-                rollout_logprobs=logprobs,
-                reward=0.0,
-                advantage=float(random.normal()),
-                finish_reason="stop",
-                policy_versions=np.zeros(num_response, dtype=np.int64),
-                iteration=1,
-            )
-        )
-    return trajectories
 
 
 def measure_peaks(case: LearnerCase, folder: Path, *, resident: bool = True) -> list[RankPeak]:
@@ -147,20 +76,6 @@ def modelled_peak(case: LearnerCase, model_dir: Path, rank: int) -> LearnerRankM
     return learner_memory(spec, case.config, find_device("cpu"), len(batches[0]), load)[stage]
 
 
-@contextmanager
-def _running(
-    rank: int, init_method: str, case: LearnerCase, model_dir: Path
-) -> Iterator[Callable[[], Any]]:
-    """A started rank; the function makes an update."""
-    from r2vpo_megatron.learner.start import start_learner
-    from r2vpo_megatron.parallel.state import destroy_parallel
-
-    actor, state = start_learner(case.config, model_dir, rank, init_method)
-    batches = case.micro_batches()[state.data_rank]
-    yield lambda: actor.update(batches, RATIO_PENALTY, policy_version=0)
-    destroy_parallel()
-
-
 def _tensor_peak(
     rank: int, world_size: int, init_method: str, case: LearnerCase, model_dir: Path
 ) -> int:
@@ -168,10 +83,10 @@ def _tensor_peak(
 
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-        _running(rank, init_method, case, model_dir) as update,
+        running_learner(rank, init_method, case, model_dir) as (actor, batches),
     ):
         for _ in range(NUM_UPDATES):
-            update()
+            actor.update(batches, RATIO_PENALTY, policy_version=0)
     return _peak_of_events(profiler)
 
 
@@ -180,9 +95,9 @@ def _resident_peak(
 ) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the parent's peak is not this rank's
     before = resident_bytes()
-    with _running(rank, init_method, case, model_dir) as update:
+    with running_learner(rank, init_method, case, model_dir) as (actor, batches):
         for _ in range(NUM_UPDATES):
-            update()
+            actor.update(batches, RATIO_PENALTY, policy_version=0)
         return _high_water_bytes() - before
 
 

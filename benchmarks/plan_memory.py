@@ -23,7 +23,7 @@ TOLERANCE = 0.10
 
 def make_cases() -> list:
     """Layouts and sizes in which other things decide each time."""
-    from benchmarks._learner_peaks import LearnerCase
+    from benchmarks._learner_cases import LearnerCase
     from r2vpo_megatron.config import ParallelConfig
 
     deep = Shape(256, 6, 8, 4, 1024, 8192, 32)  # activations
@@ -88,18 +88,11 @@ def main() -> None:
     # The CPU platform refuses to run beside a GPU that Megatron would take.
     os.environ.update(CUDA_VISIBLE_DEVICES="")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
-    import torch
+    from benchmarks._learner_cases import import_megatron
 
-    torch.set_num_threads(1)  # OpenMP's threads do not survive the fork of the ranks
-    from r2vpo_megatron.device import get_platform
-
-    get_platform("cpu").prepare()
-    import r2vpo_megatron.learner.megatron_actor  # noqa: F401
-
-    print(
-        f"{'MiB above the imports':<24}{'rank':>4}{'model':>10}{'tensors':>10}{'error':>8}", end=""
-    )
-    print(f"{'resident':>10}  at the model's peak")
+    import_megatron()
+    header = f"{'MiB above the imports':<24}{'rank':>4}{'model':>10}{'tensors':>10}{'error':>8}"
+    print(f"{header}{'resident':>10}  at the model's peak")
     cases = [case for case in make_cases() if args.case in (None, case.name)]
     errors = {case.name: run_case(case, resident=not args.no_resident) for case in cases}
     worst = max(errors, key=lambda name: errors[name])

@@ -129,8 +129,8 @@ def _plan(arguments: list[str]) -> int:
     from r2vpo_megatron.planning.workload import Workload
 
     config = command.config
-    spec = _model_spec(config, options)
     cluster = Cluster(options.nodes, options.devices_per_node, _device(config, options))
+    spec = _model_spec(config, options)
     workload = Workload.of(
         config,
         prompt_tokens=options.mean_prompt_tokens or None,

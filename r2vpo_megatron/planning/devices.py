@@ -34,6 +34,7 @@ class Device:
         collective_seconds: of one collective, however small.
         step_seconds: of one decoding step besides its arithmetic: scheduler, sampler, launches.
         reserved_bytes: of the device's context, kernels and communicators.
+        usable_share: of the memory; the rest is left for the holes of an allocator.
         is_cpu: computes as `device/cpu.py` does: other kernels, other buffers; host memory is the
             device's.
         fuses_adamw: AdamW needs no temporary tensors.
@@ -52,8 +53,14 @@ class Device:
     collective_seconds: float = 2e-5
     step_seconds: float = 5e-3
     reserved_bytes: int = 3 << 30
+    usable_share: float = 0.95
     is_cpu: bool = False
     fuses_adamw: bool = True
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that a plan of the learner may fill."""
+        return int(self.memory_bytes * self.usable_share)
 
     @property
     def matmul_rate(self) -> float:

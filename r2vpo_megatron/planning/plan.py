@@ -98,7 +98,7 @@ class Plan:
     @property
     def missing_bytes(self) -> int:
         """What the fullest device lacks; 0 or below where all fit."""
-        available = self.cluster.device.memory_bytes
+        available = self.cluster.device.usable_bytes
         lacking = self.fullest.device_bytes - available
         if self.cluster.device.is_cpu and self.config.checkpoint.asynchronous:
             lacking += self.fullest.checkpoint_copy
@@ -114,7 +114,7 @@ class Plan:
                 f"needs {needed} devices ({self.learner_devices} learner + {self.rollout_devices} "
                 f"rollout), {self.cluster.num_devices} are there"
             )
-        lacking = self.fullest.device_bytes - self.cluster.device.memory_bytes
+        lacking = self.fullest.device_bytes - self.cluster.device.usable_bytes
         if lacking > 0:
             found.append(
                 f"the learner's stage {self.fullest.stage} lacks {lacking / GB:.1f} GB at its peak "

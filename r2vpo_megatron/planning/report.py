@@ -27,7 +27,8 @@ def describe_layout(config: RunConfig) -> str:
 
 def memory_table(plan: Plan) -> list[str]:
     """Memory of the fullest learner rank of every stage, and of an engine's rank, in GB."""
-    available = plan.cluster.device.memory_bytes
+    device = plan.cluster.device
+    available = device.usable_bytes
     names = ("weights", "gradients", "optimizer", "activations", "workspace", "buffers", "reserved")
     header = "".join(f"{name:>13}" for name in (*names, "total", "left"))
     lines = [f"  {'GB a rank':<18}{header}"]
@@ -42,7 +43,7 @@ def memory_table(plan: Plan) -> list[str]:
         f"  engine rank       weights {engine.weights / GB:.2f}, workspace "
         f"{engine.workspace / GB:.2f}, KV cache {engine.kv_cache / GB:.2f} "
         f"({engine.cached_tokens:,} tokens), push buckets {engine.buckets / GB:.2f}, reserved "
-        f"{engine.reserved / GB:.2f}: {engine.device_bytes / GB:.2f} of {available / GB:.2f}"
+        f"{engine.reserved / GB:.2f}: {engine.device_bytes / GB:.2f} of {device.memory_bytes / GB:.2f}"
     )
     copy = max(rank.checkpoint_copy for rank in plan.learner)
     lines.append(
@@ -88,7 +89,7 @@ def ranking(found: Found, limit: int) -> list[str]:
     header = f"  {'':>3}{'s/iteration':>12}{'rollout':>10}{'learner':>10}{'GB left':>9}"
     lines = [f"{header}  learner : rollout devices, layout"]
     for number, plan in enumerate(found.ranked[:limit], start=1):
-        left = (plan.cluster.device.memory_bytes - plan.fullest.device_bytes) / GB
+        left = (plan.cluster.device.usable_bytes - plan.fullest.device_bytes) / GB
         lines.append(
             f"  {number:>2}.{plan.iteration_seconds:>12.1f}{plan.rollout_seconds:>10.1f}"
             f"{plan.learner_seconds:>10.1f}{left:>9.1f}  {plan.learner_devices} : "
