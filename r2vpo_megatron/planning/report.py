@@ -43,7 +43,8 @@ def memory_table(plan: Plan) -> list[str]:
         f"  engine rank       weights {engine.weights / GB:.2f}, workspace "
         f"{engine.workspace / GB:.2f}, KV cache {engine.kv_cache / GB:.2f} "
         f"({engine.cached_tokens:,} tokens), push buckets {engine.buckets / GB:.2f}, reserved "
-        f"{engine.reserved / GB:.2f}: {engine.device_bytes / GB:.2f} of {device.memory_bytes / GB:.2f}"
+        f"{engine.reserved / GB:.2f}: {engine.device_bytes / GB:.2f} of "
+        f"{device.memory_bytes / GB:.2f}"
     )
     copy = max(rank.checkpoint_copy for rank in plan.learner)
     lines.append(
