@@ -21,7 +21,8 @@ class RolloutTimes:
     Attributes:
         prefill: of the prompts.
         decode: until the last response of an iteration that starts with idle engines ends.
-        steady: of decode where engines always have other responses to go on with.
+        steady: of decode where engines have other responses to go on with; not less than the
+            longest response leaves, for which no more iterations are waited than may run ahead.
         concurrency: responses that an engine decodes at a time.
         tokens_per_second: of all engines, while they are full.
     """
@@ -122,10 +123,12 @@ def rollout_times(
     ahead = per_engine * (1 + config.iterations_ahead)
     full = min(concurrency, ahead)
     step = rates.step(full, full * held)
+    # An iteration's responses begin so many iterations before they are learned from.
+    longest = workload.response_lengths(per_engine)[0] * step / (1 + config.iterations_ahead)
     return RolloutTimes(
         prefill=rates.prefill(groups * workload.prompt_tokens),
         decode=decode,
-        steady=per_engine * workload.response_tokens / full * step,
+        steady=max(per_engine * workload.response_tokens / full * step, longest),
         concurrency=full,
         tokens_per_second=num_engines * full / step,
     )

@@ -155,6 +155,22 @@ def test_twice_the_responses_than_fit_take_twice_as_long() -> None:
     assert seconds(64) == pytest.approx(2 * seconds(32), rel=0.02)
 
 
+def test_side_by_side_the_longest_response_has_the_iterations_that_run_ahead() -> None:
+    def steady(max_staleness: int, num_engines: int) -> float:
+        config = replace(
+            run_config(),
+            rollout=replace(run_config().rollout, num_engines=num_engines),
+            pipeline=PipelineConfig(mode="asynchronous", max_staleness=max_staleness),
+        )
+        memory = engine_memory(PANGU_7B, config, NPU)
+        return rollout_times(PANGU_7B, config, NPU, Workload.of(config), memory).steady
+
+    # One response an engine: its own steps, in the time of two or of four iterations.
+    assert steady(1, 1024) / steady(3, 1024) == pytest.approx(2.0, rel=0.15)
+    # Engines that are full take as long as their tokens.
+    assert steady(1, 2) == pytest.approx(steady(3, 2), rel=0.01)
+
+
 def test_work_of_the_learner_shrinks_with_ranks_and_grows_with_recomputation() -> None:
     workload = Workload.of(run_config())
 
