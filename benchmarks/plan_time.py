@@ -3,7 +3,7 @@
 First the "device" is calibrated: the rates of a matrix product, of attention and of a pass over
 memory on one core, gloo's bandwidth and latency between two ranks; and, from an update of one
 learner on one rank, how fast passes over memory really are, which takes what products and attention
-leave. Of the engine: the rate of products and the time of a step, from two batches of one model.
+leave. Of the engine: the time of a step and of drawing a token, from two batches of one model.
 Then other sizes, lengths and layouts are predicted: updates and log-probs of the learner, sampling
 of the engine.
 
@@ -314,7 +314,7 @@ def predict_engine(device: Device, shape: Shape, responses: int, tokens: int) ->
 
 
 def check_engine(turns: int, clock: Clock) -> list[float]:
-    """Find the engine's rate of products and time of a step, predict others; relative errors."""
+    """Find the time of a step and of drawing a token, predict others; relative errors."""
     by_shape: dict[Shape, list[tuple[int, int]]] = {}
     for shape, *batch in (*ENGINE_CALIBRATION, *ENGINE_CASES):
         by_shape.setdefault(shape, []).append(tuple(batch))
@@ -325,12 +325,11 @@ def check_engine(turns: int, clock: Clock) -> list[float]:
             batches, measure_engine(shape, batches, turns, clock), strict=True
         )
     }
-    device = fit_engine(
-        bare_device(turns, clock), [(case, measured[case]) for case in ENGINE_CALIBRATION]
-    )
+    calibration = [(case, measured[case]) for case in ENGINE_CALIBRATION]
+    device = fit_engine(bare_device(turns, clock), calibration)
     print(
-        f"engine: products at {device.matmul_rate / 1e9:.0f} GFLOP/s, "
-        f"{device.step_seconds * 1e3:.2f} ms a step"
+        f"engine: {device.step_seconds * 1e3:.2f} ms a step, {device.sampler_passes:.0f} passes of "
+        f"the sampler over logits; measured {', '.join(f'{s:.2f} s' for _, s in calibration)}"
     )
     names = {DEEP: "deep", WIDE: "wide", LARGE_VOCABULARY: "vocabulary"}
     return [
@@ -344,17 +343,24 @@ def check_engine(turns: int, clock: Clock) -> list[float]:
 
 
 def fit_engine(device: Device, measured: list[tuple[tuple[Shape, int, int], float]]) -> Device:
-    """Solve for time of a step and rate of products in turns; each barely moves the other."""
+    """Time of a step and passes of the sampler over logits, by two batches: both are linear."""
     (small, small_seconds), (large, large_seconds) = measured
-    for _ in range(50):
-        excess = (small_seconds - predict_engine(device, *small)) / small[2]
-        step = max(1e-5, device.step_seconds + excess)
-        device = dataclasses.replace(device, step_seconds=step)
-        ratio = predict_engine(device, *large) / large_seconds
-        factor = min(2.0, max(0.5, 1 / ratio)) ** 0.5
-        efficiency = device.matmul_efficiency / factor
-        device = dataclasses.replace(device, matmul_efficiency=efficiency)
-    return device
+    without = dataclasses.replace(device, step_seconds=0.0, sampler_passes=0.0)
+    left = [
+        seconds - predict_engine(without, *case)
+        for case, seconds in ((small, small_seconds), (large, large_seconds))
+    ]
+    one_pass = dataclasses.replace(without, sampler_passes=1.0)
+    passes = [
+        predict_engine(one_pass, *case) - predict_engine(without, *case) for case in (small, large)
+    ]
+    # left = step x number of steps + sampler x seconds of one pass
+    determinant = small[2] * passes[1] - large[2] * passes[0]
+    step = (left[0] * passes[1] - left[1] * passes[0]) / determinant
+    sampler = (small[2] * left[1] - large[2] * left[0]) / determinant
+    return dataclasses.replace(
+        device, step_seconds=max(0.0, step), sampler_passes=max(0.0, sampler)
+    )
 
 
 def print_row(name: str, predicted: float, measured: float) -> float:

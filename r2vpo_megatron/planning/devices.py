@@ -32,7 +32,8 @@ class Device:
         bandwidth_efficiency: share of `memory_bandwidth` that decoding and element-wise work reach.
         link_efficiency: share of both link bandwidths that collectives reach.
         collective_seconds: of one collective, however small.
-        step_seconds: of one decoding step besides its arithmetic: scheduler, sampler, launches.
+        step_seconds: of one decoding step besides its arithmetic: scheduler, launches.
+        sampler_passes: passes over fp32 logits that drawing a token takes.
         reserved_bytes: of the device's context, kernels and communicators.
         usable_share: of the memory; the rest is left for the holes of an allocator.
         is_cpu: computes as `device/cpu.py` does: other kernels, other buffers; host memory is the
@@ -52,6 +53,7 @@ class Device:
     link_efficiency: float = 0.7
     collective_seconds: float = 2e-5
     step_seconds: float = 5e-3
+    sampler_passes: float = 12.0
     reserved_bytes: int = 3 << 30
     usable_share: float = 0.95
     is_cpu: bool = False

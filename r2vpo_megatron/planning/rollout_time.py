@@ -44,7 +44,8 @@ class EngineRates:
         cached_seconds: of reading one token's keys and values.
         collective_seconds: of starting all collectives of a step.
         moved_seconds: of one token's part of what they move.
-        step_seconds: of scheduler, sampler and launches.
+        sampler_seconds: of drawing one token from its logits.
+        step_seconds: of scheduler and launches.
     """
 
     product_seconds: float
@@ -52,6 +53,7 @@ class EngineRates:
     cached_seconds: float
     collective_seconds: float
     moved_seconds: float
+    sampler_seconds: float
     step_seconds: float
 
     @classmethod
@@ -81,6 +83,7 @@ class EngineRates:
             cached_seconds=kv_bytes / device.stream_rate,
             collective_seconds=collective,
             moved_seconds=moved,
+            sampler_seconds=device.sampler_passes * 4 * spec.vocab_size / device.stream_rate,
             step_seconds=device.step_seconds,
         )
 
@@ -89,7 +92,8 @@ class EngineRates:
         products = responses * self.product_seconds
         # Products read the weights while they compute: the longer of the two counts.
         work = max(products, self.weight_seconds) + cached_tokens * self.cached_seconds
-        return work + self.collective_seconds + responses * self.moved_seconds + self.step_seconds
+        of_each = responses * (self.moved_seconds + self.sampler_seconds)
+        return work + of_each + self.collective_seconds + self.step_seconds
 
     def prefill(self, tokens: float) -> float:
         """Seconds of some prompts' tokens."""
