@@ -14,6 +14,9 @@ from r2vpo_megatron.cli.explain import derive_counts
 from r2vpo_megatron.cli.recipe import load_recipe
 from r2vpo_megatron.config import RunConfig
 from r2vpo_megatron.models.spec import read_model_spec, validate_layout
+from r2vpo_megatron.planning.devices import DEVICES
+from r2vpo_megatron.planning.plan import Cluster, make_plan
+from r2vpo_megatron.planning.workload import Workload
 from r2vpo_megatron.rl.objectives import OBJECTIVES
 from recipes import pangu_1b, pangu_7b, qwen_1p5b, smollm2_135m, tiny_cpu
 from tests.published_models import PANGU_1B, PANGU_7B, QWEN_1P5B, SMOLLM2_135M
@@ -79,6 +82,24 @@ def test_its_layout_fits_its_model(module: Any, tmp_path: Path) -> None:
         )
         assert spec.num_heads % config.rollout.tensor_parallel == 0
         assert config.max_sequence_tokens <= spec.max_positions
+
+
+@pytest.mark.parametrize("module", OF_PAPER)
+@pytest.mark.parametrize(
+    ("suffix", "device"), [("", "ascend-910b-64gb"), ("_gpu80", "h100-80gb")], ids=["npu", "gpu"]
+)
+def test_by_the_plan_it_fits_whole_nodes_of_its_devices(
+    module: Any, suffix: str, device: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[module]))
+    spec = read_model_spec(tmp_path)
+    for name in ("r2vpo_on_policy", "r2vpo_off_policy", "r2vpo_off_policy_async"):
+        config = module.RECIPES[f"{name}{suffix}"]()
+        num_learning = config.parallel.num_ranks
+        num_sampling = config.rollout.num_engines * config.rollout.tensor_parallel
+        assert num_learning % 8 == num_sampling % 8 == 0
+        cluster = Cluster((num_learning + num_sampling) // 8, 8, DEVICES[device])
+        assert make_plan(spec, config, cluster, Workload.of(config)).problems == []
 
 
 @pytest.mark.parametrize("module", OF_PAPER)
