@@ -144,7 +144,7 @@ def prepare_ours(batches: Sequence[PackedBatch], folder: Path, threads: int) -> 
 
     def update() -> tuple[float, float]:
         metrics = actor.update(batches, RATIO_PENALTY, policy_version=0)
-        return metrics["objective/per_token"], metrics["optimizer/gradient_norm"]
+        return metrics["objective/mean"], metrics["optimizer/gradient_norm"]
 
     return update
 

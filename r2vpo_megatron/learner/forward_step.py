@@ -148,10 +148,10 @@ def policy_step(head: PolicyHead, settings: LossSettings, checks: HeadChecks) ->
                 slopes_of=slopes_of if settings.is_local else None,
                 checks=checks,
             )
-            loss, statistics = policy_loss(logprobs, batch.tokens, settings, entropy)
             count = denominator_count(
                 settings.aggregation, len(logprobs), batch.num_counted_responses
             )
+            loss, statistics = policy_loss(logprobs, batch.tokens, settings, entropy, count)
             kept = replace(statistics, sample_ids=batch.sample_ids)
             return loss, _count(count, hidden), kept
 

@@ -145,7 +145,7 @@ class MegatronActor:
         self._num_updates += 1
         return {
             **statistics.metrics(),
-            "objective/per_token": statistics.objective / max(statistics.tokens, 1.0),
+            "objective/mean": statistics.objective / max(statistics.denominator, 1.0),
             "optimizer/gradient_norm": gradient_norm,
             "optimizer/lr": lr,
             **head_metrics,

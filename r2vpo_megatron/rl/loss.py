@@ -105,6 +105,7 @@ def policy_loss(
     tokens: ResponseTokens,
     settings: LossSettings,
     entropy_N: Tensor | None = None,
+    denominator: int = 0,
 ) -> tuple[Tensor, MicroBatchStatistics]:
     """Minus the weighted sum of surrogates, and the statistics of the micro-batch.
 
@@ -114,6 +115,7 @@ def policy_loss(
         settings: of this update.
         entropy_N: [N] fp32 in nats, where it was computed; with gradient where it has a
             coefficient.
+        denominator: what these tokens add to what the loss is divided by.
 
     Returns:
         Scalar fp32 loss (a sum, not yet divided) and what the statistics need of these tokens.
@@ -134,6 +136,7 @@ def policy_loss(
         importance_N,
         settings.importance_cap,
         non_finite_N,
+        denominator,
     )
     loss = -weighted.sum()
     if settings.entropy_coefficient:

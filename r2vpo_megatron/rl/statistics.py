@@ -21,7 +21,7 @@ from torch import Tensor
 from r2vpo_megatron.rl.ratios import Ratios
 from r2vpo_megatron.rl.staleness import StalenessBucket, staleness_metrics
 
-NUM_SUMS = 10  # leading entries of a vector that add; then one maximum and one minimum
+NUM_SUMS = 11  # leading entries of a vector that add; then one maximum and one minimum
 VECTOR_LENGTH = NUM_SUMS + 2
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
@@ -31,7 +31,7 @@ class MicroBatchStatistics:
     """What the last stage keeps of a micro-batch until the optimizer step, without gradient.
 
     Attributes:
-        vector: [12] fp32, see `ratio_vector`.
+        vector: [13] fp32, see `ratio_vector`.
         excess: [N] fp32, rho - 1 of its response tokens; N may be 0.
         staleness: [5, 4] fp32, see `rl.staleness.staleness_sums`.
         non_finite: [num_sequences] fp32, tokens of each response whose log-probs, advantage or
@@ -55,8 +55,9 @@ def ratio_vector(
     importance_N: Tensor | None = None,
     importance_cap: float = 0.0,
     non_finite_N: Tensor | None = None,
+    denominator: int = 0,
 ) -> Tensor:
-    """[12] fp32 statistics of one micro-batch, in the order of `RatioStatistics`' number fields.
+    """[13] fp32 statistics of one micro-batch, in the order of `RatioStatistics`' number fields.
 
     Args:
         ratios: of the micro-batch's N response tokens; N may be 0.
@@ -67,6 +68,7 @@ def ratio_vector(
         importance_N: [N] fp32, truncated importance weights, where they are on.
         importance_cap: what they were truncated at.
         non_finite_N: [N] bool, tokens with something that is not finite, where it was looked for.
+        denominator: what the micro-batch adds to what the objective is divided by.
     """
     excess = ratios.excess.detach().float()
     zero = excess.new_zeros(())
@@ -83,6 +85,7 @@ def ratio_vector(
             zero if importance_N is None else importance_N.float().sum(),
             zero if importance_N is None else (importance_N >= importance_cap).float().sum(),
             zero if non_finite_N is None else non_finite_N.float().sum(),
+            zero + denominator,
             zero - 1.0 if is_empty else excess.max(),
             zero + torch.inf if is_empty else excess.min(),
         ]
@@ -90,7 +93,7 @@ def ratio_vector(
 
 
 def merge_vectors(vectors_MK: Tensor) -> Tensor:
-    """[12] float64 from [M, 12] vectors of micro-batches or ranks in their order; M may be 0."""
+    """[13] float64 from [M, 13] vectors of micro-batches or ranks in their order; M may be 0."""
     neutral = torch.tensor([[0.0] * NUM_SUMS + [-1.0, torch.inf]], dtype=torch.float64)
     vectors = torch.cat([neutral.to(vectors_MK.device), vectors_MK.double()])
     return torch.cat(
@@ -137,6 +140,7 @@ class RatioStatistics:
         importance: sum of truncated importance weights; 0 where they are off.
         truncated: tokens whose importance weight was cut at its cap.
         non_finite: tokens whose log-probs, advantage or loss is not finite.
+        denominator: of the objective, tokens or responses as the aggregation has it.
         max_excess, min_excess: extremes of rho - 1.
         staleness: sums by how old the tokens are, of the buckets that have some.
     """
@@ -152,6 +156,7 @@ class RatioStatistics:
     importance: float
     truncated: float
     non_finite: float
+    denominator: float
     max_excess: float
     min_excess: float
     staleness: tuple[StalenessBucket, ...] = ()

@@ -249,9 +249,6 @@ def _backward(
     bonus = config.algorithm.entropy_coefficient * aggregate(aggregation, entropies)
     model.zero_grad()
     (-objective - bonus).backward()
-    # The metric is the sum over tokens, weighted as the aggregation does, per token.
-    num_tokens = sum(len(ratio) for ratio in ratios)
-    denominator = num_tokens if aggregation == "token_mean" else len(values)
     importance = {
         "importance/mean_weight": float(np.mean(np.concatenate(weights))),
         "importance/truncated_fraction": float(np.mean(np.concatenate(weights) == cap)),
@@ -266,5 +263,5 @@ def _backward(
         ),
         "ratio/clamped_fraction": float(np.mean(np.concatenate(clamped))),
         "policy/entropy": float(torch.cat(entropies).detach().mean()),
-        "objective/per_token": float(objective.detach()) * denominator / num_tokens,
+        "objective/mean": float(objective.detach()),
     }

@@ -87,7 +87,7 @@ def test_the_command_compares_configurations_and_names_a_wrong_field():
     base = f"{RECIPE} --parallel.tensor 1"
     parted = run("--configs", base, f"{base} --algorithm.ratio-penalty 0.05")
     assert parted.returncode == tool.EXIT_PARTED, parted.stderr
-    assert "first at update 1, metric objective/per_token" in parted.stdout
+    assert "first at update 1, metric objective/mean" in parted.stdout
     wrong = run("--configs", base, f"{base} --optimizer.lrr 1")
     assert wrong.returncode == tool.EXIT_BAD_INPUT
     assert "unknown field --optimizer.lrr; did you mean --optimizer.lr" in wrong.stderr

@@ -77,7 +77,7 @@ FLOAT32_METRIC, FLOAT32_PENALTY, FLOAT32_WEIGHT = 2e-6, 1e-6, 2e-7
 # Sums of terms that cancel, and 1 + (rho - 1) where rho is almost 0: of the terms, which are
 # about 1. Likewise what staleness has of a few tokens: in their second moment the rounding of a
 # ratio near 1 shows.
-OF_ONE = ("objective/per_token", "ratio/min", "staleness_")
+OF_ONE = ("objective/mean", "ratio/min", "staleness_")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 NUM_UPDATES = 20
 # What a changed objective, aggregation, controller, gradient, clipping or optimizer moves.
 METRICS = (
-    "objective/per_token",
+    "objective/mean",
     "optimizer/gradient_norm",
     "ratio/second_moment",
     "ratio/penalty",
