@@ -3,9 +3,9 @@
 First the "device" is calibrated: the rates of a matrix product, of attention and of a pass over
 memory on one core, gloo's bandwidth and latency between two ranks; and, from an update of one
 learner on one rank, how fast passes over memory really are, which takes what products and attention
-leave. Of the engine: the time of a step and of drawing a token, from two batches of one model.
-Then other sizes, lengths and layouts are predicted: updates and log-probs of the learner, sampling
-of the engine.
+leave. Of the engine: the time of a step, of drawing a token and of reading the cache, from three
+batches of one model. Then other sizes, lengths and layouts are predicted: updates and log-probs of
+the learner, sampling of the engine.
 
 The fastest of --turns counts, of every side: other work on the machine only ever slows. With
 --cpu-time processor time counts instead of wall clock, for a busy machine: then what a rank waits
@@ -43,9 +43,9 @@ DEEP = Shape(256, 6, 8, 4, 1024, 8192, 32)
 WIDE = Shape(768, 4, 12, 4, 2304, 16384, 64)
 LARGE_VOCABULARY = Shape(256, 4, 8, 4, 768, 65536, 32)
 PROMPT_TOKENS = 32
-# Model, responses, tokens of each: two to calibrate the engine, and others.
-ENGINE_CALIBRATION = ((DEEP, 4, 192), (DEEP, 64, 192))
-ENGINE_CASES = ((DEEP, 16, 384), (WIDE, 16, 96), (WIDE, 64, 96), (LARGE_VOCABULARY, 32, 128))
+# Model, responses, tokens of each: three to calibrate the engine, and others.
+ENGINE_CALIBRATION = ((DEEP, 4, 128), (DEEP, 64, 128), (DEEP, 32, 384))
+ENGINE_CASES = ((DEEP, 16, 256), (WIDE, 16, 96), (WIDE, 64, 96), (LARGE_VOCABULARY, 32, 128))
 
 
 def learner_cases() -> list[LearnerCase]:
@@ -314,7 +314,7 @@ def predict_engine(device: Device, shape: Shape, responses: int, tokens: int) ->
 
 
 def check_engine(turns: int, clock: Clock) -> list[float]:
-    """Find the time of a step and of drawing a token, predict others; relative errors."""
+    """Calibrate by some batches of one model, predict others; relative errors."""
     by_shape: dict[Shape, list[tuple[int, int]]] = {}
     for shape, *batch in (*ENGINE_CALIBRATION, *ENGINE_CASES):
         by_shape.setdefault(shape, []).append(tuple(batch))
@@ -327,9 +327,10 @@ def check_engine(turns: int, clock: Clock) -> list[float]:
     }
     calibration = [(case, measured[case]) for case in ENGINE_CALIBRATION]
     device = fit_engine(bare_device(turns, clock), calibration)
+    seconds_of = ", ".join(f"{seconds:.2f} s" for _, seconds in calibration)
     print(
         f"engine: {device.step_seconds * 1e3:.2f} ms a step, {device.sampler_passes:.0f} passes of "
-        f"the sampler over logits; measured {', '.join(f'{s:.2f} s' for _, s in calibration)}"
+        f"the sampler, cache at {device.cache_efficiency:.2f} of memory's pace; from {seconds_of}"
     )
     names = {DEEP: "deep", WIDE: "wide", LARGE_VOCABULARY: "vocabulary"}
     return [
@@ -343,23 +344,24 @@ def check_engine(turns: int, clock: Clock) -> list[float]:
 
 
 def fit_engine(device: Device, measured: list[tuple[tuple[Shape, int, int], float]]) -> Device:
-    """Time of a step and passes of the sampler over logits, by two batches: both are linear."""
-    (small, small_seconds), (large, large_seconds) = measured
-    without = dataclasses.replace(device, step_seconds=0.0, sampler_passes=0.0)
-    left = [
-        seconds - predict_engine(without, *case)
-        for case, seconds in ((small, small_seconds), (large, large_seconds))
-    ]
-    one_pass = dataclasses.replace(without, sampler_passes=1.0)
-    passes = [
-        predict_engine(one_pass, *case) - predict_engine(without, *case) for case in (small, large)
-    ]
-    # left = step x number of steps + sampler x seconds of one pass
-    determinant = small[2] * passes[1] - large[2] * passes[0]
-    step = (left[0] * passes[1] - left[1] * passes[0]) / determinant
-    sampler = (small[2] * left[1] - large[2] * left[0]) / determinant
+    """Seconds are linear in the time of a step, of the sampler and of reading the cache: solve."""
+    import numpy as np
+
+    nothing = {"step_seconds": 0.0, "sampler_passes": 0.0, "cache_efficiency": 1e12}
+    one_of_each = {"step_seconds": 1.0, "sampler_passes": 1.0, "cache_efficiency": 1.0}
+    without = dataclasses.replace(device, **nothing)
+    base = np.array([predict_engine(without, *case) for case, _ in measured])
+    columns = []
+    for name, value in one_of_each.items():
+        one = dataclasses.replace(without, **{name: value})
+        columns.append(np.array([predict_engine(one, *case) for case, _ in measured]) - base)
+    left = np.array([seconds for _, seconds in measured]) - base
+    step, sampler, cache = np.linalg.solve(np.stack(columns, axis=1), left)
     return dataclasses.replace(
-        device, step_seconds=max(0.0, step), sampler_passes=max(0.0, sampler)
+        device,
+        step_seconds=max(0.0, step),
+        sampler_passes=max(0.0, sampler),
+        cache_efficiency=1 / max(1e-3, cache),
     )
 
 

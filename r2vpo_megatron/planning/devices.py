@@ -29,7 +29,9 @@ class Device:
         network_bandwidth: bytes per second that a device sends to other nodes.
         matmul_efficiency: share of `peak_flops` that large products reach.
         attention_efficiency: likewise in the attention kernel.
-        bandwidth_efficiency: share of `memory_bandwidth` that decoding and element-wise work reach.
+        bandwidth_efficiency: share of `memory_bandwidth` that reading weights and element-wise work
+            reach.
+        cache_efficiency: share of it that reading keys and values reaches.
         link_efficiency: share of both link bandwidths that collectives reach.
         collective_seconds: of one collective, however small.
         step_seconds: of one decoding step besides its arithmetic: scheduler, launches.
@@ -37,7 +39,7 @@ class Device:
         reserved_bytes: of the device's context, kernels and communicators.
         usable_share: of the memory; the rest is left for the holes of an allocator.
         is_cpu: computes as `device/cpu.py` does: other kernels, other buffers; host memory is the
-            device's.
+            device's; products of a few rows do not hide the reading of weights.
         fuses_adamw: AdamW needs no temporary tensors.
     """
 
@@ -50,6 +52,7 @@ class Device:
     matmul_efficiency: float = 0.6
     attention_efficiency: float = 0.4
     bandwidth_efficiency: float = 0.7
+    cache_efficiency: float = 0.7
     link_efficiency: float = 0.7
     collective_seconds: float = 2e-5
     step_seconds: float = 5e-3

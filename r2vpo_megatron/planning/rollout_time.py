@@ -46,6 +46,7 @@ class EngineRates:
         moved_seconds: of one token's part of what they move.
         sampler_seconds: of drawing one token from its logits.
         step_seconds: of scheduler and launches.
+        hides_weights: products go on while weights are read.
     """
 
     product_seconds: float
@@ -55,6 +56,7 @@ class EngineRates:
     moved_seconds: float
     sampler_seconds: float
     step_seconds: float
+    hides_weights: bool
 
     @classmethod
     def of(cls, spec: ModelSpec, config: RunConfig, device: Device) -> EngineRates:
@@ -80,18 +82,19 @@ class EngineRates:
         return cls(
             product_seconds=2 * num_multiplied / device.matmul_rate,
             weight_seconds=num_multiplied * itemsize / device.stream_rate,
-            cached_seconds=kv_bytes / device.stream_rate,
+            cached_seconds=kv_bytes / (device.memory_bandwidth * device.cache_efficiency),
             collective_seconds=collective,
             moved_seconds=moved,
             sampler_seconds=device.sampler_passes * 4 * spec.vocab_size / device.stream_rate,
             step_seconds=device.step_seconds,
+            hides_weights=not device.is_cpu,
         )
 
     def step(self, responses: float, cached_tokens: float) -> float:
         """Seconds of one decoding step."""
         products = responses * self.product_seconds
-        # Products read the weights while they compute: the longer of the two counts.
-        work = max(products, self.weight_seconds) + cached_tokens * self.cached_seconds
+        together = max if self.hides_weights else sum
+        work = together((products, self.weight_seconds)) + cached_tokens * self.cached_seconds
         of_each = responses * (self.moved_seconds + self.sampler_seconds)
         return work + of_each + self.collective_seconds + self.step_seconds
 
