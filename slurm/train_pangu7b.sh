@@ -18,6 +18,8 @@
 set -euo pipefail
 
 RECIPE_FILE=recipes/pangu_7b.py
+# shellcheck disable=SC2034 # train.sh takes it
+GPU_SUFFIX=_gpu80
 
 # Slurm runs a copy of this file, so the repository is where the job was submitted from.
 # shellcheck source=slurm/lib/job.sh

@@ -6,6 +6,7 @@ train_settings() { # what the job's script has set before goes before these defa
     common_settings npu
     setting OBJECTIVE r2vpo
     setting POLICY off
+    setting VARIANT
     setting SEED 0
     setting ITERATIONS
     setting MODEL_PATH
@@ -25,6 +26,7 @@ train_settings() { # what the job's script has set before goes before these defa
     setting DOCTOR 1
     require_choice OBJECTIVE r2vpo grpo grpo_clip_high gppo topr
     require_choice POLICY off on
+    require_choice VARIANT "" dual paper_dual async
     require_integer SEED 0 || true
     [[ -z $ITERATIONS ]] || require_integer ITERATIONS 1 || true
     require_integer LEARNER_NODES 1 || true
@@ -75,7 +77,9 @@ weight_sync_of_device() {
 }
 
 make_command() { # sets COMMAND: the recipe, and what it is overridden by
-    COMMAND=("$RECIPE_FILE:${OBJECTIVE}_${POLICY}_policy")
+    local name=${OBJECTIVE}_${POLICY}_policy${VARIANT:+_$VARIANT}
+    if [[ $DEVICE == cuda ]]; then name+=${GPU_SUFFIX:-}; fi # recompute and the like for its memory
+    COMMAND=("$RECIPE_FILE:$name")
     override --output.dir "$OUTPUT_DIR"
     override --output.run-name "$RUN_NAME"
     override --runtime.device "$DEVICE"
@@ -110,7 +114,7 @@ train_main() {
     if ((IS_JOB && ${#PROBLEMS[@]} == 0)); then split_nodes; fi
     check_recipe
     refuse_problems
-    say "settings of $RECIPE_FILE:"
+    say "settings of ${COMMAND[0]}:"
     print_settings
     echo "$RECIPE_CHECK"
     if ! ((IS_JOB)); then

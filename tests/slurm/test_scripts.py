@@ -91,6 +91,8 @@ WRONG = [
     ({"DEVICE": "tpu"}, "DEVICE=tpu: must be one of: npu cuda cpu"),
     ({"OBJECTIVE": "grop"}, "OBJECTIVE=grop: must be one of: r2vpo grpo grpo_clip_high gppo topr"),
     ({"POLICY": "both"}, "POLICY=both: must be one of: off on"),
+    ({"VARIANT": "dial"}, "VARIANT=dial: must be one of:  dual paper_dual async"),
+    ({"VARIANT": "async", "POLICY": "on"}, "did you mean"),
     ({"LEARNER_NODES": "0"}, "LEARNER_NODES=0: must be an integer, at least 1"),
     ({"ROLLOUT_NODES": "two"}, "ROLLOUT_NODES=two: must be an integer, at least 1"),
     ({"LEARNER_NODES": "08"}, "LEARNER_NODES=08: must be an integer"),
@@ -143,6 +145,29 @@ def test_a_valid_job_says_what_runs_where_and_starts_nothing(tmp_path):
     assert "8 engines of TP 1 on 8" in result.stdout
     assert re.search(r"OBJECTIVE +grpo\n", result.stdout)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "recipe"),
+    [
+        ({}, "pangu_7b.py:r2vpo_off_policy"),
+        ({"DEVICE": "cuda", "OBJECTIVE": "gppo", "POLICY": "on"}, "gppo_on_policy_gpu80"),
+        ({"VARIANT": "async"}, "r2vpo_off_policy_async"),
+        ({"DEVICE": "cuda", "VARIANT": "paper_dual"}, "r2vpo_off_policy_paper_dual_gpu80"),
+    ],
+)
+def test_variables_name_the_recipe(variables, recipe, tmp_path):
+    result = run("bash", "slurm/train_pangu7b.sh", folder=tmp_path, **variables)
+    assert result.returncode == 0, result.stderr
+    assert f"{recipe}:\n" in result.stdout
+    assert "16 ranks (TP 8, PP 1, CP 1, DP 2) on 16 devices" in result.stdout
+
+
+@pytest.mark.parametrize("script", ["train_pangu1b.sh", "train_qwen1p5b.sh", "train_tiny.sh"])
+def test_every_training_script_is_valid_as_it_is(script, tmp_path):
+    for device in ("npu", "cuda"):
+        result = run("bash", f"slurm/{script}", folder=tmp_path, DEVICE=device)
+        assert result.returncode == 0, result.stderr
 
 
 def test_the_site_goes_before_the_script_and_the_environment_before_both(tmp_path):
