@@ -291,7 +291,7 @@ def record_side(args: argparse.Namespace) -> None:
     config = parse_command_line("--config", "", shlex.split(args.config)).config
 
     from r2vpo_megatron.device import get_platform
-    from r2vpo_megatron.models.spec import read_model_spec, validate_layout
+    from r2vpo_megatron.models.spec import read_model_spec, validate_parallel
     from r2vpo_megatron.rl.aggregation import AGGREGATIONS
     from r2vpo_megatron.rl.objectives import OBJECTIVES
 
@@ -299,13 +299,7 @@ def record_side(args: argparse.Namespace) -> None:
     require_choice("algorithm.aggregation", config.algorithm.aggregation, AGGREGATIONS)
     parallel = config.parallel
     spec = read_model_spec(args.model)
-    validate_layout(
-        spec,
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.interleaved_chunks,
-        parallel.pipeline_layout,
-    )
+    validate_parallel(spec, parallel)
     get_platform("cpu").prepare()
     import r2vpo_megatron.learner.megatron_actor
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2vpo_megatron.config import ParallelConfig
 from r2vpo_megatron.models import ARCHITECTURES
 from r2vpo_megatron.models.pipeline import layers_of_chunks
 
@@ -113,6 +114,17 @@ def validate_layout(
             f"valid sizes: {_join(valid_tensor_sizes(spec))}"
         )
     layers_of_chunks(spec.num_layers, pipeline, virtual_pipeline, pipeline_layout)
+
+
+def validate_parallel(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """Check that the model can be cut as a run's configuration says; see `validate_layout`."""
+    validate_layout(
+        spec,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.interleaved_chunks,
+        parallel.pipeline_layout,
+    )
 
 
 def valid_tensor_sizes(spec: ModelSpec) -> list[int]:

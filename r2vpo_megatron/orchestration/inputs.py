@@ -18,7 +18,7 @@ from r2vpo_megatron.config.checks import require, require_choice
 from r2vpo_megatron.data.chat import CHAT_TEMPLATES, ChatTokenizer, tokenize_prompts
 from r2vpo_megatron.data.prompts import fingerprint_prompts, load_prompts
 from r2vpo_megatron.device import get_platform
-from r2vpo_megatron.models.spec import ModelSpec, read_model_spec, validate_layout
+from r2vpo_megatron.models.spec import ModelSpec, read_model_spec, validate_parallel
 from r2vpo_megatron.observability import write_run_config
 from r2vpo_megatron.orchestration.resume import (
     RunLock,
@@ -235,14 +235,7 @@ def _check_weights(config: RunConfig, spec: ModelSpec) -> RunConfig:
 
 def _check_fit(config: RunConfig, spec: ModelSpec) -> None:
     """Check the layout and the lengths against the model."""
-    parallel = config.parallel
-    validate_layout(
-        spec,
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.interleaved_chunks,
-        parallel.pipeline_layout,
-    )
+    validate_parallel(spec, config.parallel)
     rollout_tensor = config.rollout.tensor_parallel
     require(
         spec.num_heads % rollout_tensor == 0,

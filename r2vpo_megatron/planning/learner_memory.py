@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.models.spec import ModelSpec, padded_vocab_size, validate_layout
+from r2vpo_megatron.models.spec import ModelSpec, padded_vocab_size, validate_parallel
 from r2vpo_megatron.planning.activations import EdgeActivations, LayerActivations
 from r2vpo_megatron.planning.devices import Device
 from r2vpo_megatron.planning.pack_load import PackLoad
@@ -100,13 +100,7 @@ def learner_memory(
         ValueError: a layout that does not fit the model.
     """
     parallel = config.parallel
-    validate_layout(
-        spec,
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.interleaved_chunks,
-        parallel.pipeline_layout,
-    )
+    validate_parallel(spec, parallel)
     load = load or PackLoad.worst(parallel)
     itemsize = ITEMSIZES[config.model.dtype]
     is_cpu = device.is_cpu

@@ -13,7 +13,7 @@ import pytest
 from r2vpo_megatron.cli.explain import derive_counts
 from r2vpo_megatron.cli.recipe import load_recipe
 from r2vpo_megatron.config import RunConfig
-from r2vpo_megatron.models.spec import read_model_spec, validate_layout
+from r2vpo_megatron.models.spec import read_model_spec, validate_parallel
 from r2vpo_megatron.planning.devices import DEVICES
 from r2vpo_megatron.planning.plan import Cluster, make_plan
 from r2vpo_megatron.planning.workload import Workload
@@ -73,13 +73,7 @@ def test_its_layout_fits_its_model(module: Any, tmp_path: Path) -> None:
     for name in names(module):
         config = load(name)
         parallel = config.parallel
-        validate_layout(
-            spec,
-            parallel.tensor,
-            parallel.pipeline,
-            parallel.interleaved_chunks,
-            parallel.pipeline_layout,
-        )
+        validate_parallel(spec, parallel)
         assert spec.num_heads % config.rollout.tensor_parallel == 0
         assert config.max_sequence_tokens <= spec.max_positions
 
