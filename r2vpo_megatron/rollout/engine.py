@@ -17,6 +17,10 @@ from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest, In
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 
 
+class NonFiniteLogprob(ValueError):
+    """A sampled token's log-prob is not a number: no other engine would do better."""
+
+
 @dataclass(frozen=True)
 class EngineReport:
     """What an engine did in one slice of time."""

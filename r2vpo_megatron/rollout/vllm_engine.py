@@ -19,6 +19,7 @@ from r2vpo_megatron.observability.memory import resident_bytes
 from r2vpo_megatron.records import FloatArray, Generation, GenerationRequest
 from r2vpo_megatron.rollout.engine import (
     EngineReport,
+    NonFiniteLogprob,
     VersionSpans,
     check_request,
     check_token_ids,
@@ -378,10 +379,6 @@ def _logprobs_of(token_ids: Sequence[int], flat: Any) -> FloatArray:
     if list(flat.token_ids) != list(token_ids):
         raise RuntimeError("vLLM's log-probs are not those of the sampled tokens")
     return np.array(flat.logprobs, dtype=np.float32)
-
-
-class NonFiniteLogprob(ValueError):
-    """A sampled token's log-prob is not a number: no other engine would do better."""
 
 
 def _require_finite(generations: Sequence[Generation]) -> None:

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from r2vpo_megatron.records import Generation, GenerationRequest
-from r2vpo_megatron.rollout.engine import EngineReport
+from r2vpo_megatron.rollout.engine import EngineReport, NonFiniteLogprob
 from r2vpo_megatron.rollout.sampling import SamplingSettings
 from r2vpo_megatron.rollout.weight_updates import WeightUpdateError
 from tests.distributed.engine_in_child import (
@@ -301,11 +301,11 @@ def test_weights_that_are_not_numbers_end_generation_by_name(
     pushes.steps(3)
     pushes.push(poisoned)
     with pytest.raises(
-        RuntimeError,
+        NonFiniteLogprob,
         match=rf"sample-0: the log-prob of response token 3 .* version {pushes.version}",
     ):
         pushes.engine.call("advance", 1e9)
-    with pytest.raises(RuntimeError, match="response token 0 is nan"):
+    with pytest.raises(NonFiniteLogprob, match="response token 0 is nan"):
         pushes.engine.call("generate", REQUESTS[:2], SAMPLING)
     with pytest.raises(RuntimeError, match="sequence 0 of score"):
         pushes.engine.call("score", PROMPTS)

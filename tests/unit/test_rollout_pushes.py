@@ -16,6 +16,7 @@ from r2vpo_megatron.orchestration.pool_engines import EngineState, PoolEngine
 from r2vpo_megatron.orchestration.push_targets import PushTargets, TargetsLost
 from r2vpo_megatron.orchestration.rollout_pool import RolloutPool
 from r2vpo_megatron.rollout.dispatch import EngineId
+from r2vpo_megatron.rollout.engine import NonFiniteLogprob
 from tests.fake_engines import (
     SAMPLING,
     Engines,
@@ -135,6 +136,14 @@ def test_an_engine_that_fails_in_a_push_is_left_behind_and_replaced() -> None:
         with pool.pushing(3) as targets:
             assert set(targets.membership) == {"engine 1", "engine 0 (restart 1)"}
             targets.finish(targets.start("load", 3))
+
+
+def test_a_log_prob_that_is_no_number_ends_the_run_and_costs_no_restart() -> None:
+    with pool_of() as (pool, engines):
+        engines.made[0].errors["advance"] = NonFiniteLogprob("sample 007: response token 3 is nan")
+        with pytest.raises(NonFiniteLogprob, match="sample 007"):
+            pool.generate(requests_of(20), SAMPLING)
+        assert len(engines.made) == 2
 
 
 def test_a_push_that_no_engine_survives_can_be_made_anew_to_their_replacements() -> None:
