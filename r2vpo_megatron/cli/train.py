@@ -12,7 +12,7 @@ from pathlib import Path
 
 from r2vpo_megatron.cli.command_line import parse_command_line
 from r2vpo_megatron.cli.errors import RunFailed, run_command
-from r2vpo_megatron.orchestration.interrupts import ignore_requests
+from r2vpo_megatron.orchestration.interrupts import ignored_requests
 
 PROGRAM = "python -m r2vpo_megatron.cli.train"
 _RESUME = re.compile(r"^--resume(=|$)")
@@ -20,11 +20,11 @@ _RESUME = re.compile(r"^--resume(=|$)")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return run_command(_train, arguments)
+    with ignored_requests():  # until the loop takes them
+        return run_command(_train, arguments)
 
 
 def _train(arguments: list[str]) -> int:
-    ignore_requests()
     arguments = [_RESUME.sub(r"--checkpoint.resume\1", argument) for argument in arguments]
     command = parse_command_line(
         PROGRAM, "Trains a model by a recipe; --resume is --checkpoint.resume.", arguments

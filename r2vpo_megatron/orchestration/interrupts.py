@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -107,10 +108,15 @@ class Interrupts:
         self._timer.start()
 
 
-def ignore_requests() -> None:
-    """Survive requests that come before there is anything to write; they end a process else."""
-    for number in REQUESTS:
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def ignored_requests() -> Iterator[None]:
+    """Survive requests that come where there is nothing to write; they end a process else."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in REQUESTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_by(number: int) -> None:

@@ -172,7 +172,7 @@ def recorded_losses(progress: dict[str, int]) -> Iterator[list[InLoss]]:
         micro_batches.append(micro_batch(actor, batch))
         return micro_batches[-1]
 
-    def recording_loss(logprobs: Any, tokens: Any, settings: Any, entropy: Any) -> Any:
+    def recording_loss(logprobs: Any, tokens: Any, settings: Any, *others: Any) -> Any:
         (batch,) = [each for each in micro_batches if each.tokens is tokens]
         for index, sample_id in enumerate(batch.sample_ids):
             chosen = tokens.sequence_ids == index
@@ -189,7 +189,7 @@ def recorded_losses(progress: dict[str, int]) -> Iterator[list[InLoss]]:
                     newest_version=settings.policy_version,
                 )
             )
-        return policy_loss(logprobs, tokens, settings, entropy)
+        return policy_loss(logprobs, tokens, settings, *others)
 
     with (
         mock.patch.object(MegatronActor, "_micro_batch", keeping_micro_batch),

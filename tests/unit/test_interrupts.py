@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from r2vpo_megatron.orchestration.interrupts import Interrupts, StopRequested
+from r2vpo_megatron.orchestration.interrupts import Interrupts, StopRequested, ignored_requests
 
 
 @pytest.fixture
@@ -93,3 +93,12 @@ def test_handlers_of_before_come_back_and_the_grace_period_goes_on_until_all_is_
         assert came == [signal.SIGTERM] * 2
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_requests_before_the_loop_end_nothing_and_leave_nothing_ignored() -> None:
+    """A process that is started later would inherit an ignored signal, and could not trap it."""
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)]
+    with ignored_requests():
+        send(signal.SIGUSR1)
+        send(signal.SIGUSR2)
+    assert [signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGUSR2)] == before

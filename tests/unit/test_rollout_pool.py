@@ -13,6 +13,7 @@ from dataclasses import replace
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -266,8 +267,10 @@ def test_without_progress_the_caller_learns_what_engines_are_doing() -> None:
         assert "no progress of the rollout in 0.3 s" in str(caught.value)
         assert "engine 1 is sampling with 5 requests" in str(caught.value)
         assert "3 requests are queued" in str(caught.value)
-        engines.made[0].call = lambda *_: Future()  # type: ignore[assignment, method-assign]
-        with pytest.raises(NoAnswer, match="node_id: no answer in 0.3 s"):
+        with (
+            mock.patch.object(engines.made[0], "call", lambda *_: Future()),
+            pytest.raises(NoAnswer, match="node_id: no answer in 0.3 s"),
+        ):
             pool.node_ids()
 
 
