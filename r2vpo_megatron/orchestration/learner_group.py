@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,12 @@ class LearnerGroup:
         self._data_ranks = self._get(self._starts, "start")
 
     @contextlib.contextmanager
-    def naming_lost_ranks(self) -> Iterator[None]:
+    def naming_lost_ranks(self, has_time: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Replace an error of the block that the loss of a rank brought about.
+
+        Args:
+            has_time: whether Ray is to be asked which it was, which can take a minute. Where the
+                whole cluster is being ended, ranks go as well, and there is none.
 
         Raises:
             RankLost: naming those that are gone; what they, or ranks that were in step with them,
@@ -79,6 +83,8 @@ class LearnerGroup:
         try:
             yield
         except (RayActorError, RayTaskError) as error:
+            if not has_time():
+                raise
             is_loss = isinstance(error, RayActorError)  # else a rank may have raised by itself
             if not (lost := self._lost_ranks(LOSS_SECONDS if is_loss else LOOK_SECONDS)):
                 raise

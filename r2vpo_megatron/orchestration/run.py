@@ -64,7 +64,7 @@ def run_training(run: PreparedRun) -> None:
     with ExitStack() as stack:
         stack.callback(run.lock.release)
         stack.callback(interrupts.close)
-        learner, rollout = stack.enter_context(_workers(run))
+        learner, rollout = stack.enter_context(_workers(run, interrupts))
         ring = _make_ring(run, learner, rollout)
         before = None
         if run.resume is None:
@@ -79,7 +79,9 @@ def run_training(run: PreparedRun) -> None:
 
 
 @contextmanager
-def _workers(run: PreparedRun) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
+def _workers(
+    run: PreparedRun, interrupts: Interrupts
+) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
     """Both groups, started side by side; gone, with their Ray, however the block ends."""
     config = run.config
     with ray_session(config, needed_resources(config)):
@@ -87,7 +89,7 @@ def _workers(run: PreparedRun) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
         try:
             with (
                 explain_timeouts(config.parallel.num_ranks, run.run_dir / "stacks.txt"),
-                learner.naming_lost_ranks(),
+                learner.naming_lost_ranks(has_time=lambda: interrupts.stop_signal is None),
             ):
                 _require_reach(run, learner, rollout)
                 # Side by side, and the first error of either ends the wait.

@@ -89,3 +89,12 @@ def test_a_rank_that_could_not_begin_has_said_why(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DiedBeginning) as raised, group.naming_lost_ranks():
         raise died
     assert raised.value is died
+
+
+def test_where_all_is_being_ended_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = group_of(monkeypatch, Rank(ActorDiedError()))
+    error = unavailable()
+    expected = pytest.raises(ActorUnavailableError)
+    with expected as raised, group.naming_lost_ranks(has_time=lambda: False):
+        raise error
+    assert raised.value is error
