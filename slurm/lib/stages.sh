@@ -14,11 +14,22 @@ stop_for() { # REASON: the stage's command is told once; SIGTERM makes the drive
         STOP_REASON=$1
         say "signalled ($1): the job stops what it is doing"
         tell_stage
+        if [[ $1 == cancel && -n $STAGE_PID ]]; then end_stage_without_nodes "$STAGE_PID" & fi
     elif [[ $1 == cancel ]]; then
         # Time is short now: Slurm kills what is left. A second signal ends the driver at once.
         STOP_REASON=cancel
         tell_stage
     fi
+}
+end_stage_without_nodes() { # PID: scancel ends Ray's steps as well, and then the driver can do no more
+    local step
+    ((${#NODE_STEPS[@]})) || return 0
+    for step in "${NODE_STEPS[@]}"; do
+        while kill -0 "$step" 2>/dev/null; do kill -0 "$1" 2>/dev/null || return 0; sleep 0.2; done
+    done
+    # Without its cluster Ray takes long to leave, and Slurm's patience (KillWait) is short.
+    sleep 3
+    kill -KILL "$1" 2>/dev/null || true
 }
 tell_stage() { [[ -z $STAGE_PID ]] || kill -TERM "$STAGE_PID" 2>/dev/null || true; }
 
