@@ -137,8 +137,8 @@ class RunCheckpoints:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             self._is_given_up.set()
         try:
-            if not isinstance(error, KeyboardInterrupt | SystemExit | NoAnswer | RayError):
-                self._conclude(wait=True)  # the learner is there to end its part
+            if not self._is_given_up.is_set() and not isinstance(error, NoAnswer | RayError):
+                self.conclude()  # the learner is there to end its part
             self._writer.shutdown(wait=True)
         except BaseException:  # a signal: the thread would keep the process
             self._is_given_up.set()
@@ -146,7 +146,7 @@ class RunCheckpoints:
         if self._pending is not None and self._pending.sealed is None:
             discard_checkpoint(self._pending.folder)
             self._pending = None
-        self._conclude(wait=True)  # says what became of it
+        self.conclude()  # says what became of it
 
     def after_iteration(self) -> None:
         """Write one if it is due; an iteration has just been completed."""
@@ -169,7 +169,7 @@ class RunCheckpoints:
             FloatingPointError: weights or optimizer state are not finite.
         """
         start = time.perf_counter()
-        is_written = self._conclude(wait=True)
+        is_written = self.conclude()
         position = self._progress.position
         if position == self._saved_at and is_written:
             if is_asked_for:

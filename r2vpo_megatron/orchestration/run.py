@@ -218,15 +218,8 @@ def _turn(run: PreparedRun, ring: Ring, interrupts: Interrupts, before: Metrics 
             if interrupts.take_export_request():
                 _export(run, ring, line.message)
 
-        def record(writer: MetricsWriter, number: int, metrics: Metrics) -> None:
-            try:
-                writer.write(number, metrics)
-            except OSError:  # what is being written may be what fills the disk
-                checkpoints.conclude()
-                writer.write(number, metrics)
-
         def on_update(number: int, metrics: Metrics) -> None:
-            record(update_writer, number, metrics)
+            _record(update_writer, checkpoints, number, metrics)
             attend()
 
         if before is not None:
@@ -244,7 +237,7 @@ def _turn(run: PreparedRun, ring: Ring, interrupts: Interrupts, before: Metrics 
             for metrics, gap in train(config, ring, on_update):
                 iteration = int(metrics.pop("iteration"))
                 metrics |= _machine_metrics(run, ring) | checkpoints.metrics()
-                record(writer, iteration, metrics)
+                _record(writer, checkpoints, iteration, metrics)
                 line.update(iteration, metrics)
                 _warn_of_gap(config, iteration, gap, line.message)
                 if is_due(iteration, config.checkpoint.export_every_iterations):
@@ -256,6 +249,17 @@ def _turn(run: PreparedRun, ring: Ring, interrupts: Interrupts, before: Metrics 
             checkpoints.save(wait=True)
             assert interrupts.stop_signal is not None
             end_by(interrupts.stop_signal)
+
+
+def _record(
+    writer: MetricsWriter, checkpoints: RunCheckpoints, number: int, metrics: Metrics
+) -> None:
+    """Write metrics; the checkpoint that is being written may be what fills the disk."""
+    try:
+        writer.write(number, metrics)
+    except OSError:
+        checkpoints.conclude()
+        writer.write(number, metrics)
 
 
 def _checkpoints(run: PreparedRun, ring: Ring, say: Callable[[str], None]) -> RunCheckpoints:
